@@ -1,0 +1,137 @@
+"""shapes-env: a verifiers environment that only a policy which sees can solve.
+
+Each example shows one or two procedural pictures, drawn by Pillow when the environment is made, and asks for a colour
+and a shape. Colour shade, size, place, rotation and background vary from picture to picture; training and evaluation
+examples come from disjoint random streams. The answer has the form `red circle`: two words, then stop.
+
+    env = verifiers.load_environment("shapes-env", num_train_examples=512, images_per_prompt=2)
+
+`blind=True` replaces every picture by the same grey one and leaves all else as it is: what a policy still scores then,
+it scores without looking (the control of the experiment).
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+import random
+
+import verifiers as vf
+from datasets import Dataset
+from PIL import Image, ImageDraw
+
+COLOURS = {"red": (220, 40, 40), "green": (40, 170, 60), "blue": (50, 80, 220), "yellow": (235, 200, 40)}
+SHAPES = ("circle", "square", "triangle")
+QUESTIONS = {
+    1: "Which colour and which shape do you see ?",
+    2: "Name the colour of the first picture and the shape of the second picture .",
+}
+OVERSAMPLING = 4  # pictures are drawn larger and scaled down: smooth edges
+
+
+def draw_shape(colour: str, shape: str, size: int, rng: random.Random) -> Image.Image:
+    """One picture, RGB, `size` x `size` pixels, of one shape; everything but colour and shape is drawn from `rng`."""
+    canvas = size * OVERSAMPLING
+    grey = rng.randint(0, 30)
+    image = Image.new("RGB", (canvas, canvas), tuple(grey + rng.randint(0, 10) for _ in range(3)))
+    radius = canvas * rng.uniform(0.38, 0.46)
+    x, y = (rng.uniform(radius, canvas - radius) for _ in range(2))
+    fill = tuple(min(255, max(0, channel + rng.randint(-25, 25))) for channel in COLOURS[colour])
+    draw = ImageDraw.Draw(image)
+    if shape == "circle":
+        draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=fill)
+    else:
+        corners = {"square": 4, "triangle": 3}[shape]
+        upright = math.pi / 4 if shape == "square" else -math.pi / 2
+        turn = upright + math.radians(rng.uniform(-5, 5))
+        points = [
+            (x + radius * math.cos(turn + 2 * math.pi * k / corners), y + radius * math.sin(turn + 2 * math.pi * k / corners))
+            for k in range(corners)
+        ]
+        draw.polygon(points, fill=fill)
+    return image.resize((size, size), Image.Resampling.BOX)
+
+
+def png_data_uri(image: Image.Image) -> str:
+    """A lossless `data:image/png;base64,...` URI: JPEG would change the pixels on their way to the server."""
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def make_example(rng: random.Random, image_size: int, images_per_prompt: int, blind: bool) -> dict:
+    """One row of the dataset: `prompt` (chat messages with image_url parts) and `answer` (`"red circle"`)."""
+    things = [(rng.choice(list(COLOURS)), rng.choice(SHAPES)) for _ in range(images_per_prompt)]
+    images = [draw_shape(colour, shape, image_size, rng) for colour, shape in things]
+    if blind:
+        images = [Image.new("RGB", (image_size, image_size), (128, 128, 128)) for _ in images]
+    content = [{"type": "image_url", "image_url": {"url": png_data_uri(image)}} for image in images]
+    content.append({"type": "text", "text": QUESTIONS[images_per_prompt]})
+    # with two pictures the colour is the first one's and the shape the second one's: neither picture is enough
+    return {"prompt": [{"role": "user", "content": content}], "answer": f"{things[0][0]} {things[-1][1]}"}
+
+
+def make_rubric() -> vf.Rubric:
+    """Partial credit: 0.4 for the colour, 0.4 for the shape, 0.2 for the form; `exact` is a metric and has no weight."""
+    parser = vf.Parser(extract_fn=lambda text: text.split())
+
+    def colour(completion, answer, parser) -> float:
+        words = parser.parse_answer(completion) or []
+        return float(words[:1] == answer.split()[:1])
+
+    def shape(completion, answer, parser) -> float:
+        words = parser.parse_answer(completion) or []
+        return float(words[1:2] == answer.split()[1:])
+
+    def form(completion, parser) -> float:
+        words = parser.parse_answer(completion) or []
+        good = [words[:1] != [] and words[0] in COLOURS, words[1:2] != [] and words[1] in SHAPES, len(words) == 2]
+        return sum(good) / len(good)
+
+    def exact(completion, answer, parser) -> float:
+        return float((parser.parse_answer(completion) or []) == answer.split())
+
+    return vf.Rubric(funcs=[colour, shape, form, exact], weights=[0.4, 0.4, 0.2, 0.0], parser=parser)
+
+
+def load_environment(
+    num_train_examples: int = 1024,
+    num_eval_examples: int = 256,
+    image_size: int = 56,
+    images_per_prompt: int = 1,
+    blind: bool = False,
+    seed: int = 0,
+) -> vf.SingleTurnEnv:
+    """The environment, as `verifiers.load_environment("shapes-env", ...)` makes it.
+
+    Args:
+        num_train_examples, num_eval_examples: rows of the two data sets, at least 1 each.
+        image_size: edge of a picture in pixels, at least 8.
+        images_per_prompt: 1, or 2 with a question that needs both pictures.
+        blind: every picture is the same grey (see above).
+        seed: of the data; train and eval pictures differ for every seed.
+    """
+    for name, value, least in (
+        ("num_train_examples", num_train_examples, 1),
+        ("num_eval_examples", num_eval_examples, 1),
+        ("image_size", image_size, 8),
+    ):
+        if not isinstance(value, int) or value < least:
+            raise ValueError(f"{name}={value!r}: must be a whole number, at least {least}")
+    if images_per_prompt not in QUESTIONS:
+        raise ValueError(f"images_per_prompt={images_per_prompt!r}: must be one of {list(QUESTIONS)}")
+
+    def rows(split: str, count: int) -> Dataset:
+        return Dataset.from_list([
+            make_example(random.Random(f"shapes {seed} {split} {i}"), image_size, images_per_prompt, blind)
+            for i in range(count)
+        ])
+
+    rubric = make_rubric()
+    return vf.SingleTurnEnv(
+        dataset=rows("train", num_train_examples),
+        eval_dataset=rows("eval", num_eval_examples),
+        parser=rubric.parser,
+        rubric=rubric,
+    )
