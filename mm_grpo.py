@@ -36,13 +36,16 @@ import sys
 import time
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+from transformers import GenerationMixin
 
 from inference import ChatClient, LocalServer, VLLMServer, prefill
 
@@ -53,6 +56,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("mm_grpo")
 LOSS_TYPES = ("grpo", "dr_grpo", "dapo", "gspo", "cispo", "masked")
 PLACEHOLDER_BIAS = -100.0  # what OpenAI's logit_bias allows at most; exp(-100) is never sampled
+CHUNK_TOKENS = 512  # tokens whose logits exist at once
 MAX_LOG_RATIO = 20.0  # exp(20) = 5e8: far outside any clip range, and float32 stays finite
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -460,7 +464,6 @@ def grpo_loss(
     trained = weights > 0  # (B, T)
     count = trained.sum().clamp(min=1)
     # `where` before any arithmetic: an untrained token may hold anything, and 0 * inf would be NaN
-    logprobs = torch.where(trained, logprobs, 0.0)
     log_ratio = torch.where(trained, logprobs - behavior_logprobs, 0.0).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     token_ratio = log_ratio.exp()
     ratio = token_ratio
@@ -484,7 +487,8 @@ def grpo_loss(
 
     def k3(difference: Tensor) -> Tensor:
         # expm1 in float64: in float32, exp(d) - d - 1 of a small d is rounding noise, and can be negative
-        return (torch.expm1(difference.double()) - difference.double()).float()
+        difference = difference.double()
+        return (torch.expm1(difference) - difference).float()
 
     def mean(values: Tensor) -> Tensor:
         return (torch.where(trained, values.detach(), 0.0).sum() / count).float()
@@ -514,9 +518,9 @@ def score(
     batch: MultimodalBatch,
     temperature: float = 1.0,
     placeholder_ids: Sequence[int] = (),
-    share_prefix: bool = False,
+    prefixes: SharedPrefixes | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The policy's view of every token of a batch: the forward of the vision-language model, gradients on.
+    """The policy's view of the batch's tokens: the forward of the vision-language model, gradients on.
 
     Args:
         model: called as `model(input_ids=..., attention_mask=..., pixel_values=..., **extra_model_kwargs)`, with
@@ -524,63 +528,131 @@ def score(
         batch: on the model's device.
         temperature: of the sampling.
         placeholder_ids: ids that were asked for with a logit_bias of -100.
-        share_prefix: run each distinct prompt once, where the batch allows it (`shared_prefixes`). Same numbers.
+        prefixes: `shared_prefixes(batch, ...)`, to run each distinct prompt once. Same numbers at trained tokens.
 
     Returns:
-        (logprobs, entropies): (B, T) each; [:, t] is about token t + 1, given the tokens up to t. With a shared prefix
-        they are 0 before the first trained token.
+        (logprobs, entropies): (B, T) float32 each; [:, t] is about token t + 1, given the tokens up to t. With prefixes
+        they are 0 where nothing is trained.
     """
-    if share_prefix and (prefixes := shared_prefixes(batch, placeholder_ids)) is not None:
-        return score_shared(model, batch, *prefixes, temperature, placeholder_ids)
-    output = model(**batch.model_inputs())
-    logits = getattr(output, "logits", output)[:, :-1]  # (B, T, V)
-    return token_logprobs(add_placeholder_bias(logits, placeholder_ids), batch.input_ids[:, 1:], temperature)
+    if prefixes is not None:
+        return score_shared(model, batch, prefixes, temperature, placeholder_ids)
+    with headless(model) as head:
+        output = model(**batch.model_inputs())
+    hidden = getattr(output, "logits", output)[:, :-1]  # (B, T, H)
+    return chunked_logprobs(head, hidden, batch.input_ids[:, 1:], temperature, placeholder_ids)
+
+
+@contextmanager
+def headless(model) -> Iterator[Callable[[Tensor], Tensor]]:
+    """Within it the model's forward returns, as its logits, the hidden states (..., H) that go into its output head.
+
+    Yields the head, (..., H) -> (..., V). A model that names no head, or that does something to the logits after it,
+    keeps its forward, and the head that is yielded returns what it gets.
+    """
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    text_config = model.config.get_text_config() if head is not None else None
+    if head is None or any(getattr(text_config, name, None) for name in ("final_logit_softcapping", "logits_scaling", "logit_scale")):
+        yield lambda logits: logits
+        return
+    forward, was_replaced = head.forward, "forward" in vars(head)
+    head.forward = lambda hidden: hidden
+    try:
+        yield forward
+    finally:
+        del head.forward  # the class's own again
+        if was_replaced:
+            head.forward = forward
+
+
+def chunked_logprobs(
+    head: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor, temperature: float, placeholder_ids: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    """`token_logprobs(head(hidden), targets)` with the server's logit_bias, CHUNK_TOKENS tokens at a time.
+
+    Logits, their softmax and their gradient are the peak of an update: with 152k tokens in the vocabulary, 0.6 MB each a
+    token. A chunk's are dropped after its forward and made again in its backward, so the peak does not grow with the batch.
+
+    Args:
+        hidden: (..., H). targets: (...).
+
+    Returns:
+        (logprobs, entropies): (...) each.
+    """
+
+    def one(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:  # (n, H), (n,)
+        logits = head(hidden)
+        if len(placeholder_ids):
+            bias = torch.zeros(logits.shape[-1], device=logits.device)
+            bias[list(placeholder_ids)] = PLACEHOLDER_BIAS
+            logits = logits.float() + bias
+        return token_logprobs(logits, targets, temperature)
+
+    chunks = list(zip(hidden.flatten(0, -2).split(CHUNK_TOKENS), targets.flatten().split(CHUNK_TOKENS)))
+    if len(chunks) == 1:
+        scored = [one(*chunks[0])]
+    else:
+        scored = [checkpoint(one, *chunk, use_reentrant=False) for chunk in chunks]
+    logprobs, entropies = (torch.cat(values).view(targets.shape) for values in zip(*scored))
+    return logprobs, entropies
+
+
+@dataclass
+class SharedPrefixes:
+    """The distinct prompts of a batch of B rows."""
+
+    prompts: MultimodalBatch  # K rows, padded on the left
+    owner: Tensor  # (B,) the prompt of each row
+    lengths: Tensor  # (B,) its length
 
 
 def score_shared(
-    model, batch: MultimodalBatch, prompts: MultimodalBatch, owner: Tensor, lengths: Tensor,
-    temperature: float, placeholder_ids: Sequence[int],
+    model, batch: MultimodalBatch, prefixes: SharedPrefixes, temperature: float, placeholder_ids: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
     """`score` at the cost of the distinct tokens: K prompts once, then B completions against their key-value cache.
 
-    Attention is causal, so a prompt's keys and values do not depend on what follows it, and a completion sees of its
-    prompt nothing but those. Copying the K prompts' cache to the B completions is therefore the plain forward with its
-    repetitions left out; the copy's gradient adds up over the group by itself.
-
-    Args:
-        prompts, owner, lengths: from `shared_prefixes`.
+    Attention is causal: a prompt's keys and values do not depend on what follows it, and a completion sees nothing of its
+    prompt but those. So running the prompt once and copying its cache to the group's completions is the plain forward with
+    its repetitions left out. Backwards, the copy adds up the group's gradients by itself.
     """
     B, L = batch.input_ids.shape
-    C = int((batch.attention_mask.sum(-1) - lengths).max())  # longest completion
-    columns = lengths[:, None] + torch.arange(C, device=lengths.device)  # (B, C) where row i's completion stands
-    inside = (columns < batch.attention_mask.sum(-1, keepdim=True)).long()
-    completion = batch.input_ids.gather(1, columns.clamp(max=L - 1))  # (B, C)
+    ends = batch.attention_mask.sum(-1)
+    C = int((ends - prefixes.lengths).max())  # longest completion
+    columns = prefixes.lengths[:, None] + torch.arange(C, device=ends.device)  # (B, C) where in the batch they stand
+    inside = (columns < ends[:, None]).long()
+    completions = batch.input_ids.gather(1, columns.clamp(max=L - 1))  # (B, C)
 
-    first, cache, mask, positions = prefill(model, prompts.model_inputs(), owner)
-    rest = model(
-        input_ids=completion[:, :-1],
-        attention_mask=torch.cat([mask, inside[:, :-1]], dim=1),
-        position_ids=positions + torch.arange(C - 1, device=lengths.device),
-        past_key_values=cache,
-        use_cache=True,
-    ).logits if C > 1 else first[:, None, :][:, :0]
-    logits = torch.cat([first[:, None], rest], dim=1)  # (B, C, V): the prompt's last token predicts the first sampled one
-    scored = token_logprobs(add_placeholder_bias(logits, placeholder_ids), completion, temperature)
-    # back to the columns of the batch: token j is predicted at column j - 1
-    targets = (columns - 1).clamp(max=L - 2)
-    return tuple(values.new_zeros(B, L - 1).scatter_add(1, targets, values * inside) for values in scored)
+    with headless(model) as head:
+        first, cache, mask, positions = prefill(model, prefixes.prompts.model_inputs(), prefixes.owner)
+        hidden = first[:, None]  # (B, 1, H): a prompt's last token predicts each completion's first
+        if C > 1:
+            rest = model(
+                input_ids=completions[:, :-1],
+                attention_mask=torch.cat([mask, inside[:, :-1]], dim=1),
+                position_ids=positions + torch.arange(C - 1, device=ends.device),
+                past_key_values=cache,
+                use_cache=True,
+            )
+            hidden = torch.cat([hidden, rest.logits], dim=1)  # (B, C, H)
+    trained = batch.loss_mask[:, 1:] != 0  # (B, T)
+    at = (torch.arange(1, L, device=ends.device) - prefixes.lengths[:, None])[trained]  # column of a trained token in C
+    row = torch.arange(B, device=ends.device)[:, None].expand(B, L - 1)[trained]
+    scored = chunked_logprobs(head, hidden[row, at], completions[row, at], temperature, placeholder_ids)
+    logprobs, entropies = (values.new_zeros(B, L - 1).masked_scatter(trained, values) for values in scored)
+    return logprobs, entropies
 
 
-def shared_prefixes(batch: MultimodalBatch, placeholder_ids: Sequence[int]) -> tuple[MultimodalBatch, Tensor, Tensor] | None:
+def shared_prefixes(model, batch: MultimodalBatch, placeholder_ids: Sequence[int]) -> SharedPrefixes | None:
     """The distinct prompts of a batch, if each row is a prompt with all its media followed by the rest.
 
     A row's prompt is what stands before its first trained token. Two rows share it when ids and media spans are equal.
 
     Returns:
-        (prompts, owner, lengths): a batch of the K distinct prompts, padded on the left; (B,) the prompt of each row;
-        (B,) its length. None where the plain forward has to do it: rows not padded on the right, media stored by row or
-        standing beyond the prompt, or nothing trained in a row.
+        None where the plain forward has to do it: rows that share nothing, that are not padded on the right or have
+        nothing trained; media stored by row or standing beyond the prompt; a model without a key-value cache, or one
+        that drops it (activation checkpointing).
     """
+    if not isinstance(model, GenerationMixin) or (model.training and getattr(model, "is_gradient_checkpointing", False)):
+        return None
     B, L = batch.input_ids.shape
     starts = batch.attention_mask.sum(-1)
     column = torch.arange(L, device=starts.device)
@@ -602,6 +674,8 @@ def shared_prefixes(batch: MultimodalBatch, placeholder_ids: Sequence[int]) -> t
             number[key] = len(rows)
             rows.append(i)
         owner.append(number[key])
+    if len(rows) == B:
+        return None
     prompts = batch.select(rows)
     P = int(lengths[rows].max())
     shift = column[:P] - (P - lengths[rows])[:, None]  # (K, P) the column that comes to stand here; negative: padding
@@ -613,7 +687,7 @@ def shared_prefixes(batch: MultimodalBatch, placeholder_ids: Sequence[int]) -> t
         prompts, input_ids=ids, attention_mask=(shift >= 0).long(), loss_mask=zeros, behavior_logprobs=zeros.float(),
         extra_model_kwargs={**prompts.extra_model_kwargs, **left},
     )
-    return prompts, torch.tensor(owner, device=starts.device), lengths
+    return SharedPrefixes(prompts, torch.tensor(owner, device=starts.device), lengths)
 
 
 def add_placeholder_bias(logits: Tensor, placeholder_ids: Sequence[int]) -> Tensor:
@@ -739,15 +813,18 @@ class MultimodalGRPOTrainer:
             batch = without_truncated(batch)
         advantages = row_advantages(batch, config.scale_rewards)
         weights = token_weights(batch.loss_mask[:, 1:], config.loss_type, config.max_tokens)
-        parts = torch.arange(len(batch)).split(config.micro_batch_size)  # row indices of each micro-batch
-        ref_logprobs = [self.score(self.ref_model, batch.select(rows))[0] for rows in parts] if config.beta > 0 else None
+        # micro-batches: their rows, the batch of them, the prompts that they share
+        parts = [(rows, batch.select(rows)) for rows in torch.arange(len(batch)).split(config.micro_batch_size)]
+        prefixes = [self._prefixes(part) for _, part in parts]
+        ref_logprobs = [None] * len(parts)
+        if self.ref_model is not None:
+            ref_logprobs = [self.score(self.ref_model, part, shared)[0] for (_, part), shared in zip(parts, prefixes)]
 
         metrics: dict[str, float] = {}
         for update in range(config.updates_per_batch):
             values_of_parts = []
-            for i, rows in enumerate(parts):
-                part = batch.select(rows)
-                logprobs, entropies = self.score(self.model, part)
+            for (rows, part), shared, ref in zip(parts, prefixes, ref_logprobs):
+                logprobs, entropies = self.score(self.model, part, shared)
                 loss, values = grpo_loss(
                     logprobs,
                     part.behavior_logprobs[:, 1:],
@@ -758,7 +835,7 @@ class MultimodalGRPOTrainer:
                     clip_high=config.clip_high,
                     mask_ratio_low=config.mask_ratio_low,
                     mask_ratio_high=config.mask_ratio_high,
-                    ref_logprobs=None if ref_logprobs is None else ref_logprobs[i],
+                    ref_logprobs=ref,
                     beta=config.beta,
                 )
                 loss.backward()
@@ -781,16 +858,15 @@ class MultimodalGRPOTrainer:
         return {
             **metrics,
             "zero_spread_fraction": 1 - spread.float().mean().item(),
+            "shared_prefix_fraction": sum(len(part) for (_, part), p in zip(parts, prefixes) if p) / len(batch),
             "trained_tokens": int((batch.loss_mask != 0).sum()),
             "learning_rate": config.learning_rate,
         }
 
-    def score(self, model, batch: MultimodalBatch) -> tuple[Tensor, Tensor]:
+    def score(self, model, batch: MultimodalBatch, prefixes: SharedPrefixes | None) -> tuple[Tensor, Tensor]:
         """`score` with this run's temperature, placeholders and precision; without gradients for a frozen model."""
         with self._autocast(), torch.set_grad_enabled(model is self.model):
-            return score(
-                model, batch, self.config.temperature, self.adapter.placeholder_ids, self.config.share_prefix
-            )
+            return score(model, batch, self.config.temperature, self.adapter.placeholder_ids, prefixes)
 
     def evaluate(self) -> dict[str, float]:
         """Greedy rollouts of the first `eval_examples` evaluation examples: mean reward and mean of each metric."""
@@ -839,6 +915,9 @@ class MultimodalGRPOTrainer:
         if self.env is None:
             raise RuntimeError("no environment: call trainer.set_environment('shapes-env'), or pass env=...")
         return self.env
+
+    def _prefixes(self, batch: MultimodalBatch) -> SharedPrefixes | None:
+        return shared_prefixes(self.model, batch, self.adapter.placeholder_ids) if self.config.share_prefix else None
 
     def _autocast(self):
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.config.bf16)

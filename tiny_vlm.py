@@ -77,7 +77,7 @@ def make_tiny_vlm(family: str, seed: int = 0, hidden_size: int = 64, num_layers:
         seed: of the weights; the caller's random state is left as it was.
         hidden_size: width of the language model, a multiple of 32 (heads are 32 wide).
         num_layers: of the language model.
-        image_size: edge of a LLaVA picture in pixels, a multiple of 14 (Qwen takes any size).
+        image_size: edge of a LLaVA picture in pixels, a multiple of 28 (Qwen takes any size).
 
     Returns:
         (model, tokenizer, image_processor), as `from_pretrained` gives them for a published checkpoint.
@@ -124,10 +124,11 @@ def make_tiny_vlm(family: str, seed: int = 0, hidden_size: int = 64, num_layers:
                 text_config=LlamaConfig(vocab_size=len(tokenizer), **text, **special),
                 vision_config=CLIPVisionConfig(
                     hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
-                    image_size=image_size, patch_size=14, projection_dim=64, initializer_range=INIT_STD,
+                    image_size=image_size, patch_size=28, projection_dim=64, initializer_range=INIT_STD,
                 ),
                 image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
-                image_seq_length=(image_size // 14) ** 2,
+                image_seq_length=(image_size // 28) ** 2,
+                vision_feature_layer=-1,
                 tie_word_embeddings=False,
             )
             model = LlavaForConditionalGeneration(config)

@@ -1,0 +1,215 @@
+"""The whole way: rollouts, updates, command line, README. Does a policy learn to see, and only by seeing?"""
+
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import verifiers as vf
+from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
+
+from adapters import ADAPTERS
+from conftest import make_tiny
+from mm_grpo import DEMO, MultimodalGRPOTrainer, MultimodalRLConfig
+
+HERE = Path(__file__).parent
+COMMAND = [sys.executable, str(HERE / "mm_grpo.py")]
+
+
+def make_trainer(family: str, env_args: dict | None = None, seed: int = 0, **config) -> MultimodalGRPOTrainer:
+    """A trainer with the settings of the command line's demonstration run."""
+    model, adapter = make_tiny(family, seed=seed)
+    settings = MultimodalRLConfig(**{**DEMO, "seed": seed, **config})
+    trainer = MultimodalGRPOTrainer(model=model, tokenizer=adapter.tokenizer, adapter=adapter, config=settings)
+    trainer.set_environment("shapes-env", **{"num_eval_examples": 128, **(env_args or {})})
+    return trainer
+
+
+def run(*arguments: str, cwd: Path) -> str:
+    """Run the command line; returns what appeared on the screen."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*COMMAND, *arguments], cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout + done.stderr
+
+
+# -- learning to see
+
+
+@pytest.fixture(scope="module")
+def trained() -> MultimodalGRPOTrainer:
+    """A Qwen2-VL after 160 steps of the demonstration run (of 400; the README has the full runs' numbers)."""
+    trainer = make_trainer("qwen")
+    for _ in range(160):
+        trainer.step()
+    return trainer
+
+
+def test_a_random_model_answers_at_chance_and_learns_to_see(trained):
+    untrained = make_trainer("qwen").evaluate()
+    assert untrained["exact"] <= 0.10
+    seen = trained.evaluate()
+    # chance is 1/4 for the colour, 1/3 for the shape and 1/12 for both
+    assert seen["colour"] >= 0.80 and seen["shape"] >= 0.50 and seen["exact"] >= 0.45
+
+
+def test_a_trained_policy_falls_to_chance_when_images_are_swapped(trained):
+    """The same answers with the images of other prompts: what is left was never seen."""
+    env = trained.env
+    rows = env.get_eval_dataset().to_list()
+    prompts = [row["prompt"] for row in rows]
+    swapped = [{**row, "prompt": prompt} for row, prompt in zip(rows, prompts[1:] + prompts[:1])]
+    from datasets import Dataset
+
+    trained.set_environment(vf.SingleTurnEnv(eval_dataset=Dataset.from_list(swapped), rubric=env.rubric, parser=env.parser))
+    blind = trained.evaluate()
+    trained.set_environment(env)
+    # 128 draws at 1/12: mean 0.083, standard deviation 0.024; at 1/4: 0.038; at 1/3: 0.042. Bounds at 4 deviations.
+    assert blind["exact"] <= 0.18 and blind["colour"] <= 0.41 and blind["shape"] <= 0.50
+
+
+def test_nothing_is_learned_where_there_is_nothing_to_see():
+    trainer = make_trainer("qwen", env_args={"blind": True})
+    for _ in range(100):
+        trainer.step()
+    result = trainer.evaluate()
+    assert result["exact"] <= 0.25
+    assert result["form"] >= 0.6  # it did learn what can be learned blind: to answer with a colour and a shape
+
+
+def test_llava_learns_to_see_colours():
+    trainer = make_trainer("llava")
+    for _ in range(80):
+        trainer.step()
+    assert trainer.evaluate()["colour"] >= 0.5  # chance 0.25
+
+
+# -- exactness
+
+
+@pytest.mark.parametrize("family", ADAPTERS)
+def test_every_first_update_is_on_policy(family):
+    """The trainer's probability of each sampled token is the server's, to 1e-4, after every update; images included."""
+    trainer = make_trainer(family, rollouts_per_step=32, env_args={"num_train_examples": 64, "images_per_prompt": 2})
+    for _ in range(6):
+        metrics = trainer.step()
+        assert abs(metrics["ratio_min"] - 1) <= 1e-4 and abs(metrics["ratio_max"] - 1) <= 1e-4
+        assert metrics["rollouts_dropped"] == 0
+
+
+def test_a_temperature_keeps_the_policy_on_policy():
+    trainer = make_trainer("qwen", rollouts_per_step=32, temperature=0.6, env_args={"num_train_examples": 64})
+    metrics = trainer.step()
+    assert abs(metrics["ratio_min"] - 1) <= 1e-4 and abs(metrics["ratio_max"] - 1) <= 1e-4
+
+
+def test_the_same_seed_gives_the_same_metrics():
+    def metrics(seed):
+        trainer = make_trainer("qwen", seed=seed, rollouts_per_step=32, env_args={"num_train_examples": 64})
+        steps = [trainer.step() for _ in range(3)]
+        return [{name: value for name, value in step.items() if not name.startswith("seconds")} for step in steps]
+
+    assert metrics(0) == metrics(0)
+    assert metrics(0) != metrics(1)
+
+
+def test_a_mismatch_is_a_warning_that_names_its_causes():
+    trainer = make_trainer("qwen", rollouts_per_step=16, env_args={"num_train_examples": 16})
+    batch = trainer.adapter.build_batch(trainer.collect())
+    batch.behavior_logprobs[batch.loss_mask != 0] -= 1.0
+    with pytest.warns(UserWarning, match="images lost.*processed_logprobs.*generation-config"):
+        trainer.update(batch)
+
+
+def test_a_lost_image_shows_as_mismatch():
+    """Why the check exists: the same tokens scored with other pixels are not on-policy, and mismatch_kl says so."""
+    trainer = make_trainer("qwen", rollouts_per_step=16, env_args={"num_train_examples": 16})
+    batch = trainer.adapter.build_batch(trainer.collect())
+    batch.pixel_values = torch.zeros_like(batch.pixel_values)
+    assert trainer.update(batch)["mismatch_kl"] > 1e-6 > 1e-10  # on-policy it is below 1e-10
+
+
+# -- command line
+
+
+def test_the_command_line_trains_and_leaves_a_checkpoint_that_loads(tmp_path):
+    screen = run("--adapter", "llava", "--max_steps", "2", "--eval_examples", "8", "--output_dir", "out", cwd=tmp_path)
+    assert "before training" in screen and "after training" in screen and "training: 100%" in screen
+    assert "Warning" not in screen and "Traceback" not in screen
+    out = tmp_path / "out"
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2] and all(math.isfinite(line["loss"]) for line in lines)
+    assert (out / "curves.png").stat().st_size > 1000
+    assert json.loads((out / "config.json").read_text())["max_steps"] == 2
+    model = AutoModelForImageTextToText.from_pretrained(out / "checkpoint")
+    tokenizer = AutoTokenizer.from_pretrained(out / "checkpoint")
+    AutoImageProcessor.from_pretrained(out / "checkpoint")
+    # and the checkpoint can be trained on, by name
+    screen = run("--adapter", "llava", "--model", "out/checkpoint", "--max_steps", "1", "--eval_examples", "0", "--max_tokens", "3",
+                 "--rollouts_per_step", "16", "--output_dir", "again", cwd=tmp_path)  # fmt: skip
+    assert type(model).__name__ in screen and tokenizer.eos_token == "</s>"
+    # an earlier run is never overwritten
+    again = subprocess.run(
+        [*COMMAND, "--adapter", "llava", "--max_steps", "1", "--output_dir", "out"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert again.returncode != 0 and "holds an earlier run" in again.stderr
+
+
+def test_help_names_every_field_and_a_bad_value_is_refused_by_name(tmp_path):
+    screen = run("--help", cwd=tmp_path)
+    assert all(f"--{name}" in screen for name in MultimodalRLConfig.__dataclass_fields__)
+    bad = subprocess.run([*COMMAND, "--adapter", "qwen", "--rollouts_per_step", "12"], capture_output=True, text=True)
+    assert bad.returncode == 2 and "rollouts_per_step=12: must be a multiple" in bad.stderr
+
+
+def test_importing_prints_nothing():
+    done = subprocess.run([sys.executable, "-c", "import mm_grpo, adapters"], cwd=HERE, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout + done.stderr == ""
+
+
+# -- README
+
+
+def readme_blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", (HERE / "README.md").read_text(), flags=re.DOTALL)
+
+
+def test_the_usage_example_of_the_readme_runs_as_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (example,) = [block for block in readme_blocks("python") if "trainer.train()" in block]
+    exec(compile(example, "README.md", "exec"), {"__name__": "readme"})
+    assert list(tmp_path.glob("*/checkpoint/config.json"))
+
+
+def test_the_adapter_of_the_readme_trains(tmp_path, monkeypatch):
+    """The README's own adapter, on a model that is no Transformers class, through the trainer's update."""
+    (example,) = [block for block in readme_blocks("python") if "def build_batch" in block]
+    names: dict = {"__name__": "readme"}
+    exec(compile(example, "README.md", "exec"), names)
+    code = [line for line in example.splitlines() if line.strip() and not line.strip().startswith("#")]
+    assert len(code) <= 30
+    source = make_trainer("llava", rollouts_per_step=16, env_args={"num_train_examples": 16})
+    outputs = source.collect()
+
+    class MeanColour(torch.nn.Module):
+        """Predicts every token from the mean colour of the picture and the token before."""
+
+        def __init__(self):
+            super().__init__()
+            self.embed, self.look, self.head = torch.nn.Embedding(100, 16), torch.nn.Linear(3, 16), torch.nn.Linear(16, 100)
+
+        def forward(self, input_ids, attention_mask, pixel_values):
+            return self.head(torch.tanh(self.embed(input_ids) + self.look(pixel_values.mean((-1, -2)))[:, None]))
+
+    adapter = names["ThumbnailAdapter"](source.tokenizer)
+    trainer = MultimodalGRPOTrainer(MeanColour(), source.tokenizer, adapter, source.config, server=source.server)
+    batch = adapter.build_batch(outputs)
+    assert batch.pixel_values.shape[1:] == (3, 32, 32) and len(batch) == 16
+    before = trainer.model.look.weight.clone()
+    trainer.update(batch)
+    assert not torch.equal(before, trainer.model.look.weight) or not bool((batch.rewards != batch.rewards[0]).any())
