@@ -11,6 +11,7 @@ import base64
 import binascii
 import io
 import math
+import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -355,6 +356,10 @@ class LlavaAdapter(ImageAdapter):
         patches = (pixels.shape[-2] // patch) * (pixels.shape[-1] // patch)
         keeps_class_token = self.model_config.vision_feature_select_strategy == "full"
         return ImageInput({"pixel_values": pixels}, patches + keeps_class_token)
+
+    def server_parameter_name(self, name: str) -> str:
+        # Transformers 5 has dropped a level of CLIP's module names that vLLM 0.32 still has
+        return re.sub(r"vision_tower\.(?!vision_model\.)", "vision_tower.vision_model.", name)
 
 
 ADAPTERS = {"qwen": QwenVLAdapter, "llava": LlavaAdapter}

@@ -14,14 +14,17 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 from verifiers.clients import OpenAIChatCompletionsClient
 
@@ -184,7 +187,7 @@ class LocalServer(httpx.AsyncBaseTransport):
                 raise BadRequest(f"{name} must be in [{low}, {high}], got {value!r}.", param=name)
             return value
 
-        temperature = number("temperature", 1.0, 0.0, 2.0)
+        temperature = number("temperature", 1.0, 0.0, float("inf"))
         top_p = number("top_p", 1.0, 0.0, 1.0)
         if top_p == 0:
             raise BadRequest("top_p must be in (0, 1], got 0.", param="top_p")
@@ -334,5 +337,91 @@ def sample(logits: Tensor, temperature: Tensor, top_p: Tensor, noise: Tensor) ->
     return tokens.squeeze(-1), logprobs.gather(-1, tokens).squeeze(-1)
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# A vLLM server
+
+
 class VLLMServer:
-    pass
+    """A running vLLM server: completions over HTTP, weights through a folder that both sides see.
+
+    Start it with what training needs:
+
+        VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --logprobs-mode processed_logprobs --generation-config vllm
+
+    Dev mode has the routes for weight updates; processed logprobs are those of the distribution that was sampled, at
+    the request's temperature; and without `--generation-config vllm` the checkpoint's own sampling settings sneak in.
+
+    Args:
+        host, port: of the server.
+        weights_dir: folder for weight updates, seen by server and trainer.
+        parameter_name: a parameter's name in the trainer's model -> its name for the server (the adapter knows).
+        timeout: seconds to wait for the server to come up, and for each part of a weight update.
+        generation_timeout: seconds until a request for a completion fails.
+
+    Raises:
+        TimeoutError, RuntimeError: what is wrong, and which option of the server mends it.
+    """
+
+    def __init__(
+        self, host: str, port: int, weights_dir: str | Path, parameter_name: Callable[[str], str] = str,
+        timeout: float = 240.0, generation_timeout: float = 600.0,
+    ):
+        self.url, self.weights_dir, self.parameter_name = f"http://{host}:{port}", Path(weights_dir), parameter_name
+        self.http = httpx.Client(base_url=self.url, timeout=timeout)
+        deadline = time.monotonic() + timeout
+        while not self._healthy():
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"no vLLM server answered at {self.url} within {timeout:.0f} s. {self.__doc__.split(':', 1)[1].split('Args')[0]}")
+            time.sleep(0.5)
+        self.model_name = self._call("GET", "/v1/models").json()["data"][0]["id"]
+        self.client = openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key="EMPTY", timeout=generation_timeout)
+        self._check_logprobs()
+
+    def sync(self, model) -> None:
+        """Load the model's weights into the server: write, pause, reload, drop every cache of the old policy, resume."""
+        weights = {self.parameter_name(name): tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+        folder = self.weights_dir.resolve()
+        fresh = folder.with_name(folder.name + ".new")
+        fresh.mkdir(parents=True, exist_ok=True)
+        save_file(weights, fresh / "model.safetensors")
+        shutil.rmtree(folder, ignore_errors=True)
+        fresh.rename(folder)  # whole or not at all
+        self._call("POST", "/pause?mode=wait")
+        try:
+            self._call("POST", "/collective_rpc", json={"method": "reload_weights", "kwargs": {"weights_path": str(folder)}})
+            if not self._call("POST", "/reset_prefix_cache").json()["success"]:
+                raise RuntimeError(f"{self.url}/reset_prefix_cache: blocks are still held; requests of the old policy are running")
+            self._call("POST", "/reset_mm_cache")
+            self._call("POST", "/reset_encoder_cache")
+        finally:
+            self._call("POST", "/resume")
+
+    def close(self) -> None:
+        self.http.close()
+
+    def _healthy(self) -> bool:
+        try:
+            return self.http.get("/health", timeout=5.0).status_code == 200
+        except httpx.TransportError:
+            return False
+
+    def _call(self, method: str, route: str, **arguments) -> httpx.Response:
+        response = self.http.request(method, route, **arguments)
+        if response.status_code == 404:
+            raise RuntimeError(f"{self.url}{route} does not exist: start the server with VLLM_SERVER_DEV_MODE=1")
+        if response.status_code != 200:
+            raise RuntimeError(f"{self.url}{route}: {response.status_code} {response.text[:500]}")
+        return response
+
+    def _check_logprobs(self) -> None:
+        """One greedy-free token at temperature 1, and again, forced, at 0.5: processed logprobs differ, raw ones do not."""
+        ask = {"model": self.model_name, "prompt": [1, 2, 3], "max_tokens": 1, "seed": 0, "logprobs": 1, "return_token_ids": True}
+        first = self._call("POST", "/v1/completions", json={**ask, "temperature": 1.0}).json()["choices"][0]
+        if not first.get("token_ids"):
+            raise RuntimeError(f"{self.url}: return_token_ids gave no token ids; vLLM 0.10.2 or later is needed")
+        best = {}
+        for temperature in (1.0, 0.5):
+            answer = self._call("POST", "/v1/completions", json={**ask, "temperature": temperature}).json()
+            best[temperature] = max(answer["choices"][0]["logprobs"]["top_logprobs"][0].values())
+        if best[1.0] < -1e-3 and abs(best[1.0] - best[0.5]) < 1e-6:
+            raise RuntimeError(f"{self.url} reports logprobs before the temperature: start it with --logprobs-mode processed_logprobs")

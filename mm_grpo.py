@@ -322,6 +322,10 @@ class MultimodalAdapter(ABC):
             The batch on the CPU; rollouts that cannot be trained on are left out, with a warning that says why.
         """
 
+    def server_parameter_name(self, name: str) -> str:
+        """A parameter of the model in training, by the name that vLLM knows it by."""
+        return name
+
     def save_pretrained(self, folder: str | Path) -> None:
         """Save what is needed to load the checkpoint again, beside the weights."""
         self.tokenizer.save_pretrained(folder)
@@ -726,9 +730,11 @@ class MultimodalGRPOTrainer:
         self.env = env
         if server is None and config.vllm_server_host is not None:
             server = VLLMServer(
-                config.vllm_server_host, config.vllm_server_port,
+                config.vllm_server_host, config.vllm_server_port, Path(config.output_dir) / "weights", adapter.server_parameter_name,
                 timeout=config.vllm_server_timeout, generation_timeout=config.generation_timeout,
             )
+            if config.sync_to_vllm_every:
+                server.sync(model)  # it may have started from other weights
         self.server = server or LocalServer(model, adapter, seed=config.seed)
         self.loop = asyncio.new_event_loop()  # one for the trainer's life: the client is bound to the loop it first ran in
         self.prompts_taken = 0
