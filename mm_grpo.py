@@ -45,9 +45,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
-from transformers import GenerationMixin
 
 from inference import ChatClient, LocalServer, VLLMServer, prefill
+from report import combine_metrics, describe, draw_curves, reward_metrics, rollout_metrics, zero_spread_fraction
+from shared_prefix import SharedPrefixes, score_shared, shared_prefixes
 
 if TYPE_CHECKING:
     import verifiers as vf
@@ -538,12 +539,15 @@ def score(
         (logprobs, entropies): (B, T) float32 each; [:, t] is about token t + 1, given the tokens up to t. With prefixes
         they are 0 where nothing is trained.
     """
-    if prefixes is not None:
-        return score_shared(model, batch, prefixes, temperature, placeholder_ids)
     with headless(model) as head:
+
+        def score_tokens(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:  # (..., H), (...)
+            return chunked_logprobs(head, hidden, targets, temperature, placeholder_ids)
+
+        if prefixes is not None:
+            return score_shared(model, batch, prefixes, score_tokens)
         output = model(**batch.model_inputs())
-    hidden = getattr(output, "logits", output)[:, :-1]  # (B, T, H)
-    return chunked_logprobs(head, hidden, batch.input_ids[:, 1:], temperature, placeholder_ids)
+        return score_tokens(getattr(output, "logits", output)[:, :-1], batch.input_ids[:, 1:])  # (B, T, H), (B, T)
 
 
 @contextmanager
@@ -598,109 +602,6 @@ def chunked_logprobs(
         scored = [checkpoint(one, *chunk, use_reentrant=False) for chunk in chunks]
     logprobs, entropies = (torch.cat(values).view(targets.shape) for values in zip(*scored))
     return logprobs, entropies
-
-
-@dataclass
-class SharedPrefixes:
-    """The distinct prompts of a batch of B rows."""
-
-    prompts: MultimodalBatch  # K rows, padded on the left
-    owner: Tensor  # (B,) the prompt of each row
-    lengths: Tensor  # (B,) its length
-
-
-def score_shared(
-    model, batch: MultimodalBatch, prefixes: SharedPrefixes, temperature: float, placeholder_ids: Sequence[int]
-) -> tuple[Tensor, Tensor]:
-    """`score` at the cost of the distinct tokens: K prompts once, then B completions against their key-value cache.
-
-    Attention is causal: a prompt's keys and values do not depend on what follows it, and a completion sees nothing of its
-    prompt but those. So running the prompt once and copying its cache to the group's completions is the plain forward with
-    its repetitions left out. Backwards, the copy adds up the group's gradients by itself.
-    """
-    B, L = batch.input_ids.shape
-    ends = batch.attention_mask.sum(-1)
-    C = int((ends - prefixes.lengths).max())  # longest completion
-    columns = prefixes.lengths[:, None] + torch.arange(C, device=ends.device)  # (B, C) where in the batch they stand
-    inside = (columns < ends[:, None]).long()
-    completions = batch.input_ids.gather(1, columns.clamp(max=L - 1))  # (B, C)
-
-    with headless(model) as head:
-        first, cache, mask, positions = prefill(model, prefixes.prompts.model_inputs(), prefixes.owner)
-        hidden = first[:, None]  # (B, 1, H): a prompt's last token predicts each completion's first
-        if C > 1:
-            rest = model(
-                input_ids=completions[:, :-1],
-                attention_mask=torch.cat([mask, inside[:, :-1]], dim=1),
-                position_ids=positions + torch.arange(C - 1, device=ends.device),
-                past_key_values=cache,
-                use_cache=True,
-            )
-            hidden = torch.cat([hidden, rest.logits], dim=1)  # (B, C, H)
-    trained = batch.loss_mask[:, 1:] != 0  # (B, T)
-    at = (torch.arange(1, L, device=ends.device) - prefixes.lengths[:, None])[trained]  # column of a trained token in C
-    row = torch.arange(B, device=ends.device)[:, None].expand(B, L - 1)[trained]
-    scored = chunked_logprobs(head, hidden[row, at], completions[row, at], temperature, placeholder_ids)
-    logprobs, entropies = (values.new_zeros(B, L - 1).masked_scatter(trained, values) for values in scored)
-    return logprobs, entropies
-
-
-def shared_prefixes(model, batch: MultimodalBatch, placeholder_ids: Sequence[int]) -> SharedPrefixes | None:
-    """The distinct prompts of a batch, if each row is a prompt with all its media followed by the rest.
-
-    A row's prompt is what stands before its first trained token. Two rows share it when ids and media spans are equal.
-
-    Returns:
-        None where the plain forward has to do it: rows that share nothing, that are not padded on the right or have
-        nothing trained; media stored by row or standing beyond the prompt; a model without a key-value cache, or one
-        that drops it (activation checkpointing).
-    """
-    if not isinstance(model, GenerationMixin) or (model.training and getattr(model, "is_gradient_checkpointing", False)):
-        return None
-    B, L = batch.input_ids.shape
-    starts = batch.attention_mask.sum(-1)
-    column = torch.arange(L, device=starts.device)
-    if not torch.equal(batch.attention_mask != 0, column < starts[:, None]):
-        return None
-    lengths = torch.where((batch.loss_mask != 0).any(-1), (batch.loss_mask != 0).int().argmax(-1), starts)
-    if (lengths >= starts).any():
-        return None
-    beyond = torch.isin(batch.input_ids, torch.tensor(list(placeholder_ids), device=starts.device)) & (column >= lengths[:, None])
-    per_row = [name for name, tensor in batch.media.items() if name not in batch.media_spans and tensor.shape != (B, L)]
-    if beyond.any() or per_row:
-        return None
-    number: dict[tuple, int] = {}
-    rows: list[int] = []  # a row of each distinct prompt
-    owner = []
-    for i, (ids, length) in enumerate(zip(batch.input_ids.tolist(), lengths.tolist())):
-        key = (tuple(ids[:length]), *(tuple(spans[i].tolist()) for spans in batch.media_spans.values()))
-        if key not in number:
-            number[key] = len(rows)
-            rows.append(i)
-        owner.append(number[key])
-    if len(rows) == B:
-        return None
-    prompts = batch.select(rows)
-    P = int(lengths[rows].max())
-    shift = column[:P] - (P - lengths[rows])[:, None]  # (K, P) the column that comes to stand here; negative: padding
-    left = {"input_ids": prompts.input_ids} | {name: t for name, t in prompts.media.items() if t.shape == (len(rows), L)}
-    left = {name: t.gather(1, shift.clamp(min=0)) * (shift >= 0) for name, t in left.items()}
-    ids = left.pop("input_ids")
-    zeros = torch.zeros_like(ids)
-    prompts = replace(
-        prompts, input_ids=ids, attention_mask=(shift >= 0).long(), loss_mask=zeros, behavior_logprobs=zeros.float(),
-        extra_model_kwargs={**prompts.extra_model_kwargs, **left},
-    )
-    return SharedPrefixes(prompts, torch.tensor(owner, device=starts.device), lengths)
-
-
-def add_placeholder_bias(logits: Tensor, placeholder_ids: Sequence[int]) -> Tensor:
-    """The logits (..., V) as the server sees them under `placeholder_bias(placeholder_ids)`."""
-    if not len(placeholder_ids):
-        return logits
-    bias = torch.zeros(logits.shape[-1], device=logits.device)
-    bias[list(placeholder_ids)] = PLACEHOLDER_BIAS
-    return logits.float() + bias
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -860,10 +761,9 @@ class MultimodalGRPOTrainer:
                 self._check_on_policy(last)
         if config.updates_per_batch > 1:  # the first update is on-policy; what the later ones drift to, the last one shows
             metrics |= {f"last_update/{name}": value for name, value in last.items()}
-        spread = group_has_spread(batch.rewards, batch.group_ids)
         return {
             **metrics,
-            "zero_spread_fraction": 1 - spread.float().mean().item(),
+            "zero_spread_fraction": zero_spread_fraction(batch),
             "shared_prefix_fraction": sum(len(part) for (_, part), p in zip(parts, prefixes) if p) / len(batch),
             "trained_tokens": int((batch.loss_mask != 0).sum()),
             "learning_rate": config.learning_rate,
@@ -883,8 +783,6 @@ class MultimodalGRPOTrainer:
     def train(self) -> dict[str, float]:
         """Run `max_steps` steps; log, evaluate before and after, save the checkpoint. Returns the last evaluation."""
         from tqdm import tqdm
-
-        from curves import draw_curves
 
         config, folder = self.config, Path(self.config.output_dir)
         log = folder / "metrics.jsonl"
@@ -964,63 +862,12 @@ def row_advantages(batch: MultimodalBatch, scale: str) -> Tensor:
     return group_advantages(batch.rewards[first], groups, scale)[rollout]
 
 
-def group_has_spread(rewards: Tensor, group_ids: Tensor | None) -> Tensor:
-    """(groups,) bool: whether the group's rewards differ. Where they do not, the group teaches nothing."""
-    if group_ids is None:
-        group_ids = torch.zeros(len(rewards), dtype=torch.long, device=rewards.device)
-    groups = [rewards[group_ids == group] for group in group_ids.unique()]
-    return torch.tensor([bool((group != group[0]).any()) for group in groups])
-
-
 def without_truncated(batch: MultimodalBatch) -> MultimodalBatch:
     """The batch with nothing trained in rows that were cut off."""
     if batch.is_truncated is None:
         raise ValueError("is_truncated: mask_truncated_completions needs it from the adapter's build_batch, got None")
     kept = ~batch.is_truncated.bool().unsqueeze(-1)
     return replace(batch, loss_mask=batch.loss_mask * kept, behavior_logprobs=batch.behavior_logprobs * kept)
-
-
-def reward_metrics(outputs: GenerateOutputs) -> dict[str, float]:
-    """Mean and spread of the reward and mean of each metric of the rubric, over the rollouts that came back whole."""
-    rollouts = [rollout for rollout in outputs["outputs"] if not rollout.get("error")]
-    if not rollouts:
-        return {"reward": math.nan, "reward_std": math.nan}
-    rewards = torch.tensor([rollout["reward"] for rollout in rollouts], dtype=torch.float64)
-    names = sorted({name for rollout in rollouts for name in rollout["metrics"] or {}})
-    means = {name: sum(rollout["metrics"].get(name, 0.0) for rollout in rollouts) / len(rollouts) for name in names}
-    return {"reward": rewards.mean().item(), "reward_std": rewards.std(correction=0).item(), **means}
-
-
-def rollout_metrics(outputs: GenerateOutputs, batch: MultimodalBatch) -> dict[str, float]:
-    """What can be said of a step's rollouts before the update."""
-    ids = torch.arange(len(batch)) if batch.rollout_ids is None else batch.rollout_ids.unique()
-    rollouts = outputs["outputs"]
-    return {
-        **reward_metrics(outputs),
-        "completion_tokens": (batch.loss_mask != 0).sum(-1).float().mean().item(),
-        "truncated_fraction": sum(bool(rollout["is_truncated"]) for rollout in rollouts) / len(rollouts),
-        "rollouts_dropped": len(rollouts) - len(ids),
-    }
-
-
-def combine_metrics(parts: list[tuple[dict[str, Tensor], int]]) -> dict[str, float]:
-    """One set of metrics from the micro-batches': losses add up, extremes stay extremes, the rest is a mean over tokens."""
-    parts = [part for part in parts if part[1]] or parts[:1]  # a micro-batch without trained tokens says nothing
-    total = max(sum(tokens for _, tokens in parts), 1)
-    combined = {}
-    for name in parts[0][0]:
-        values = [(float(metrics[name]), tokens) for metrics, tokens in parts]
-        if name == "loss":
-            combined[name] = sum(value for value, _ in values)
-        elif name.endswith(("_min", "_max")):
-            combined[name] = (min if name.endswith("_min") else max)(value for value, _ in values)
-        else:
-            combined[name] = sum(value * tokens for value, tokens in values) / total
-    return combined
-
-
-def describe(metrics: dict[str, float]) -> str:
-    return ", ".join(f"{name} {value:.3f}" for name, value in metrics.items() if name != "reward_std")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1052,6 +899,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if arguments.model is None:
         from tiny_vlm import make_tiny_vlm
 
+        torch.set_num_threads(1)  # two are no faster at this size, and many times slower on a machine that is busy
         model, tokenizer, image_processor = make_tiny_vlm(arguments.adapter, seed=config.seed)
         adapter = ADAPTERS[arguments.adapter](tokenizer, image_processor, model.config)
     else:

@@ -35,7 +35,7 @@ def draw_shape(colour: str, shape: str, size: int, rng: random.Random) -> Image.
     canvas = size * OVERSAMPLING
     grey = rng.randint(0, 30)
     image = Image.new("RGB", (canvas, canvas), tuple(grey + rng.randint(0, 10) for _ in range(3)))
-    radius = canvas * rng.uniform(0.38, 0.46)
+    radius = canvas * rng.uniform(0.40, 0.47)
     x, y = (rng.uniform(radius, canvas - radius) for _ in range(2))
     fill = tuple(min(255, max(0, channel + rng.randint(-25, 25))) for channel in COLOURS[colour])
     draw = ImageDraw.Draw(image)
@@ -73,7 +73,7 @@ def make_example(rng: random.Random, image_size: int, images_per_prompt: int, bl
 
 
 def make_rubric() -> vf.Rubric:
-    """Partial credit: 0.4 for the colour, 0.4 for the shape, 0.2 for the form; `exact` is a metric and has no weight."""
+    """Partial credit: 0.3 for the colour, 0.5 for the shape, 0.2 for the form; `exact` is a metric and has no weight."""
     parser = vf.Parser(extract_fn=lambda text: text.split())
 
     def colour(completion, answer, parser) -> float:
@@ -92,7 +92,7 @@ def make_rubric() -> vf.Rubric:
     def exact(completion, answer, parser) -> float:
         return float((parser.parse_answer(completion) or []) == answer.split())
 
-    return vf.Rubric(funcs=[colour, shape, form, exact], weights=[0.4, 0.4, 0.2, 0.0], parser=parser)
+    return vf.Rubric(funcs=[colour, shape, form, exact], weights=[0.3, 0.5, 0.2, 0.0], parser=parser)
 
 
 def load_environment(
