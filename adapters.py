@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import contextlib
 import io
 import math
 import re
@@ -18,7 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from transformers import AutoConfig, AutoImageProcessor
 
@@ -150,7 +151,8 @@ def image_urls(messages: Sequence[Any]) -> list[str]:
 def load_image(url: str) -> Image.Image:
     """The image of a base64 `data:` URI, as RGB.
 
-    Transparent pixels are laid on white, as vLLM does it: trainer and server must see the same pixels.
+    Turned as its EXIF data says and laid on white where it is transparent, as vLLM does it: trainer and server must see
+    the same pixels.
 
     Raises:
         ValueError: any other URL, or bytes that are no image.
@@ -161,12 +163,13 @@ def load_image(url: str) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(base64.b64decode(data, validate=True)))
         image.load()
-    except (binascii.Error, OSError, SyntaxError, ValueError) as error:
+    except (binascii.Error, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"image_url={url[:60]!r}: cannot be read as an image ({error})") from None
-    if image.mode == "RGBA":
-        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        white.alpha_composite(image)
-        image = white
+    with contextlib.suppress(Exception):  # a damaged EXIF block turns nothing
+        image = ImageOps.exif_transpose(image)
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
 
 

@@ -102,7 +102,7 @@ def update(model, batch: MultimodalBatch, share: bool) -> None:
     """Forward and backward of one update, as the trainer does it."""
     prefixes = shared_prefixes(model, batch, [IMAGE_TOKEN]) if share else None
     with torch.autocast(batch.input_ids.device.type, torch.bfloat16, enabled=batch.input_ids.is_cuda):
-        logprobs, _ = score(model, batch, 1.0, [IMAGE_TOKEN], prefixes)
+        logprobs, _ = score(model, batch, prefixes=prefixes)
     mask = batch.loss_mask[:, 1:]
     behavior = torch.where(mask != 0, logprobs.detach(), 0.0)
     loss, _ = grpo_loss(logprobs, behavior, batch.rewards, token_weights(mask, "dapo"))
@@ -159,7 +159,7 @@ def trl_update(model, batch: MultimodalBatch, P: int) -> Callable[[], None]:
     _, tokenizer, _ = make_tiny_vlm("qwen")
     arguments = GRPOConfig(
         output_dir="outputs/trl", per_device_train_batch_size=G, num_generations=G, beta=0.0, loss_type="dapo", temperature=1.0,
-        bf16=False, use_cpu=not batch.input_ids.is_cuda, report_to=[], gradient_checkpointing=False,
+        bf16=False, use_cpu=not batch.input_ids.is_cuda, report_to=[],
     )  # fmt: skip
     trainer = GRPOTrainer(
         model=model, reward_funcs=lambda completions, **_: [0.0] * len(completions), args=arguments,
@@ -170,7 +170,7 @@ def trl_update(model, batch: MultimodalBatch, P: int) -> Callable[[], None]:
     inputs = {
         "prompt_ids": ids[:, :P], "prompt_mask": mask[:, :P], "completion_ids": ids[:, P:], "completion_mask": mask[:, P:],
         "advantages": batch.rewards, "pixel_values": media["pixel_values"], "image_grid_thw": media["image_grid_thw"],
-        "mm_token_type_ids": media["mm_token_type_ids"][:, :P], "num_images": [1] * G, "num_items_in_batch": mask[:, P:].sum(),
+        "mm_token_type_ids": media["mm_token_type_ids"], "num_images": [1] * G, "num_items_in_batch": mask[:, P:].sum(),
     }  # fmt: skip
     trainer.current_gradient_accumulation_steps = 1
 

@@ -212,6 +212,10 @@ class MultimodalBatch:
         check("behavior_logprobs", torch.isfinite(reported).all(), "finite values on trained tokens", "inf or NaN")
 
         media = self.media
+        for name, tensor in media.items():
+            check(name, isinstance(tensor, Tensor), "a tensor", type(tensor).__name__)
+        for name in ("input_ids", "attention_mask", "pixel_values"):
+            check(f"extra_model_kwargs[{name!r}]", name not in self.extra_model_kwargs, f"to be given as {name}", "a second one")
         for name, spans in self.media_spans.items():
             check(f"media_spans[{name!r}]", name in media, f"the name of a tensor, one of {sorted(media)}", repr(name))
             check_shape(f"media_spans[{name!r}]", spans, (B, 2))
@@ -219,7 +223,6 @@ class MultimodalBatch:
             inside = (spans[:, 0] >= 0) & (spans[:, 0] <= spans[:, 1]) & (spans[:, 1] <= rows)
             check(f"media_spans[{name!r}]", inside.all(), f"0 <= start <= stop <= {rows} rows of {name}", spans.tolist())
         for name, tensor in media.items():
-            check(name, isinstance(tensor, Tensor), "a tensor", type(tensor).__name__)
             if name not in self.media_spans:
                 check(name, tensor.ndim > 0 and len(tensor) == B,
                       f"{B} rows along dim 0 (one a sequence), or an entry in media_spans", tuple(tensor.shape))
@@ -252,7 +255,10 @@ class MultimodalBatch:
 
     def select(self, rows: Tensor | Sequence[int]) -> MultimodalBatch:
         """The batch of these rows, in this order. Media that they own are taken along, shared ones still once."""
-        index = torch.as_tensor(rows, dtype=torch.long, device=self.input_ids.device)
+        index = torch.as_tensor(rows, device=self.input_ids.device)
+        if index.dtype == torch.bool:
+            raise ValueError("rows: expected row numbers, got a bool mask; use mask.nonzero()[:, 0]")
+        index = index.long()
         chosen = self._map(lambda t: t[index], lambda name, t: t if name in self.media_spans else t[index])
         for name, spans in chosen.media_spans.items():
             starts: dict[tuple[int, int], int] = {}  # old span -> where it starts in the new tensor

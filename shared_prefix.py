@@ -76,14 +76,15 @@ def score_shared(
 def shared_prefixes(model, batch: MultimodalBatch, placeholder_ids: Sequence[int]) -> SharedPrefixes | None:
     """The distinct prompts of a batch, if each row is a prompt with all its media followed by the rest.
 
-    A row's prompt is what stands before its first trained token. Two rows share it when ids and media spans are equal.
+    A row's prompt is what stands before its first trained token. Two rows share it when ids, media spans and per-token
+    inputs are equal.
 
     Returns:
-        None where the plain forward has to do it: rows that share nothing, that are not padded on the right or have
-        nothing trained; media stored by row or standing beyond the prompt; a model without a key-value cache, or one
-        that drops it (activation checkpointing).
+        None where the plain forward has to do it: rows that share nothing, are not padded on the right or have nothing
+        trained; media stored by row; media or per-token inputs beyond the prompt; a model without a key-value cache, or
+        one that drops it (activation checkpointing).
     """
-    if not isinstance(model, GenerationMixin) or (model.training and getattr(model, "is_gradient_checkpointing", False)):
+    if not isinstance(model, GenerationMixin) or (model.training and model.is_activation_checkpointing):
         return None
     B, L = batch.input_ids.shape
     starts = batch.attention_mask.sum(-1)
@@ -93,15 +94,23 @@ def shared_prefixes(model, batch: MultimodalBatch, placeholder_ids: Sequence[int
     lengths = torch.where((batch.loss_mask != 0).any(-1), (batch.loss_mask != 0).int().argmax(-1), starts)
     if (lengths >= starts).any():
         return None
-    beyond = torch.isin(batch.input_ids, torch.tensor(list(placeholder_ids), device=starts.device)) & (column >= lengths[:, None])
-    per_row = [name for name, tensor in batch.media.items() if name not in batch.media_spans and tensor.shape != (B, L)]
-    if beyond.any() or per_row:
+    per_row = {name: tensor for name, tensor in batch.media.items() if name not in batch.media_spans}
+    if any(tensor.shape != (B, L) for tensor in per_row.values()):
+        return None
+    media = torch.isin(batch.input_ids, torch.tensor(list(placeholder_ids), device=starts.device))
+    for tensor in per_row.values():
+        media = media | (tensor != 0)
+    if (media & (column >= lengths[:, None])).any():
         return None
     number: dict[tuple, int] = {}
     rows: list[int] = []  # a row of each distinct prompt
     owner = []
     for i, (ids, length) in enumerate(zip(batch.input_ids.tolist(), lengths.tolist())):
-        key = (tuple(ids[:length]), *(tuple(spans[i].tolist()) for spans in batch.media_spans.values()))
+        key = (
+            tuple(ids[:length]),
+            *(tuple(spans[i].tolist()) for spans in batch.media_spans.values()),
+            *(tuple(tensor[i, :length].tolist()) for tensor in per_row.values()),
+        )
         if key not in number:
             number[key] = len(rows)
             rows.append(i)

@@ -434,7 +434,8 @@ def test_an_update_does_not_modify_its_batch():
 # ---------------------------------------------------------------- config
 
 IMPOSSIBLE = {
-    **dict.fromkeys(("learning_rate", "temperature", "generation_timeout", "vllm_server_timeout", "max_grad_norm"), (0.0, -1.0, INF, NAN)),
+    **dict.fromkeys(("learning_rate", "temperature", "max_grad_norm"), (0.0, -1.0, INF, NAN)),
+    **dict.fromkeys(("generation_timeout", "vllm_server_timeout"), (0.0, -1.0, INF, NAN)),
     **dict.fromkeys(("updates_per_batch", "micro_batch_size", "max_tokens", "max_concurrent", "log_every_steps"), (0, -1)),
     **dict.fromkeys(("max_steps", "eval_examples", "sync_to_vllm_every"), (-1,)),
     **dict.fromkeys(("weight_decay", "clip_high", "beta"), (-0.1, NAN)),

@@ -187,10 +187,9 @@ def test_each_distinct_prompt_runs_once_with_its_images_and_a_token_a_forward_fo
     model, adapter = lively
     seen = []
     tower = model.model.visual if hasattr(model.model, "visual") else model.model.vision_tower
-    hooks = [
-        tower.register_forward_pre_hook(lambda _, args, kwargs: seen.append(len(kwargs.get("pixel_values", *args[:1]))), with_kwargs=True),
-        model.register_forward_pre_hook(lambda _, args, kwargs: seen.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True),
-    ]
+    pixels = lambda _, args, kwargs: seen.append(len(kwargs.get("pixel_values", *args[:1])))
+    tokens = lambda _, args, kwargs: seen.append(tuple(kwargs["input_ids"].shape))
+    hooks = [module.register_forward_pre_hook(hook, with_kwargs=True) for module, hook in ((tower, pixels), (model, tokens))]
     ask(LocalServer(model, adapter), *[dict(messages=m, max_completion_tokens=4, logit_bias={"20": 100}) for m in PROMPTS] * 5)
     for hook in hooks:
         hook.remove()
@@ -238,7 +237,8 @@ def test_sample_inverts_the_distribution_function_of_the_nucleus(logits, tempera
     assume(top_p == 1 or len(set(logits)) == len(logits))  # which of two equal tokens is in the nucleus is open
     nucleus = {i for n, i in enumerate(order) if reached[n] < top_p and p[i] > 0}
     tensor = torch.tensor([[-math.inf if x == -100 else x for x in logits]])
-    (token,), (logprob,) = sample(tensor, torch.tensor([[temperature]]), *(torch.tensor([[x]], dtype=torch.float64) for x in (top_p, noise)))
+    nucleus_size, draw = (torch.tensor([[x]], dtype=torch.float64) for x in (top_p, noise))
+    (token,), (logprob,) = sample(tensor, torch.tensor([[temperature]]), nucleus_size, draw)
     token, kept = int(token), sum(p[i] for i in nucleus)
     below = sum(p[i] for i in sorted(nucleus) if i < token) / kept
     assert token in nucleus and below - EDGE <= noise <= below + p[token] / kept + EDGE
@@ -263,7 +263,7 @@ REFUSED = {  # the request; the parameter that is blamed; what the message says
     "audio": (dict(messages=message({"type": "input_audio", "input_audio": {}})), "messages", "input_audio"),
     "no messages": (dict(messages=[]), "messages", "at least one"),
     "too long a prompt": (dict(messages=message("red " * 99)), "input_tokens", "maximum context length is 64"),
-    "too long a prompt, no limit": (dict(messages=message("red " * 99), max_completion_tokens=None), "input_tokens", "maximum context length"),
+    "too long a prompt, no limit": (dict(messages=message("red " * 99), max_completion_tokens=None), "input_tokens", "context length"),
     "too long a completion": (dict(max_completion_tokens=63), "input_tokens", "requested 63 output tokens"),
     "no room for a token": (dict(max_completion_tokens=0), "max_completion_tokens", "at least 1, got 0"),
     "top_k": (dict(extra_body={"top_k": 5}), "top_k", "top_k=5 is not supported"),
@@ -294,7 +294,7 @@ def test_a_bad_request_is_refused_with_the_status_and_error_body_of_vllm(case, t
 
 @pytest.mark.parametrize(
     ("path", "body", "status"),
-    [("chat/completions", b"red {", 400), ("chat/completions", b"[1]", 400), ("chat/completions", b"\xff", 400), ("embeddings", b"{}", 404)],
+    [*(("chat/completions", body, 400) for body in (b"red {", b"[1]", b"\xff")), ("embeddings", b"{}", 404)],
 )
 def test_a_body_that_is_no_json_object_and_an_unknown_route_are_refused_too(path, body, status):
     async def post():
@@ -344,12 +344,13 @@ def test_the_chat_client_passes_empty_answers_and_drops_fields_that_are_none(liv
     model, adapter = lively
     client = ChatClient(LocalServer(model, adapter).client)
     parts = [{**picture(0), "text": None}, {"type": "text", "text": "red", "image_url": None}]
-    sampling = dict(max_tokens=3, logprobs=True, extra_body={"return_token_ids": True}, logit_bias={str(adapter.tokenizer.eos_token_id): 100})
+    stop = adapter.tokenizer.eos_token_id
+    sampling = dict(max_tokens=3, logprobs=True, extra_body={"return_token_ids": True}, logit_bias={str(stop): 100})
     prompt = [vf.UserMessage(content=parts)]
     native, _ = asyncio.run(client.to_native_prompt(prompt))
     assert native[0]["content"] == message(picture(0), "red")[0]["content"]
     response = asyncio.run(client.get_response(prompt=prompt, model="policy", sampling_args=sampling))
-    assert response.message.content == "" and response.message.tokens.completion_ids == [adapter.tokenizer.eos_token_id]
+    assert response.message.content == "" and response.message.tokens.completion_ids == [stop]
 
 
 # ---------------------------------------------------------------- the environment
