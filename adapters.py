@@ -93,8 +93,8 @@ def rollout_rows(outputs, placeholder_ids: Sequence[int] = ()) -> list[Row]:
 def _why_unusable(rollout, placeholder_ids: Sequence[int]) -> str | None:
     error = rollout.get("error")
     if error:
-        return f"error: {error['error_chain_str'] if 'error_chain_str' in error else error}"
-    if rollout.get("stop_condition") == "prompt_too_long" or not rollout["trajectory"]:
+        return f"error: {error.get('error_chain_repr', error) if isinstance(error, dict) else error}"
+    if not rollout["trajectory"]:
         return "nothing was sampled (prompt longer than the server's limit, or the environment stopped before the first turn)"
     if rollout["reward"] is None or not math.isfinite(rollout["reward"]):
         return f"reward={rollout['reward']}: must be finite; look at the environment's rubric"

@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import math
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -146,31 +147,39 @@ class LocalServer(httpx.AsyncBaseTransport):
                 raise BadRequest(f"no route {path}", code=404, kind="NotFoundError")
             try:
                 body = json.loads(await request.aread())
-            except json.JSONDecodeError as error:
+            except ValueError as error:  # not JSON, or not even text
                 raise BadRequest(f"the body is not JSON: {error}") from None
             parsed = self.parse(body)
+            future = asyncio.get_running_loop().create_future()
+            self.pending.append((parsed, future))
+            if len(self.pending) == 1:  # a task of its own: the request that came first may be cancelled like any other
+                self.running = asyncio.create_task(self.run_pending())
+            await future
+            return httpx.Response(200, json=self.reply(parsed))
         except BadRequest as error:
             return httpx.Response(error.code, json=error.body)
-        future = asyncio.get_running_loop().create_future()
-        self.pending.append((parsed, future))
-        if len(self.pending) == 1:  # the first of a new batch waits for the others, then runs them all
-            arrived = 0
-            while len(self.pending) > arrived:
-                arrived = len(self.pending)
-                await asyncio.sleep(0.002)
-            batch, self.pending, self.encoded = self.pending, [], {}
-            try:
+
+    async def run_pending(self) -> None:
+        """Wait until no more requests come, then run them all."""
+        arrived = 0
+        while len(self.pending) > arrived:
+            arrived = len(self.pending)
+            await asyncio.sleep(0.002)
+        batch = [(request, waiting) for request, waiting in self.pending if not waiting.done()]  # done: cancelled
+        self.pending, self.encoded = [], {}
+        try:
+            if batch:
                 generate(self.model, self.adapter, [request for request, _ in batch], self.stop_ids)
-                for _, waiting in batch:
-                    waiting.set_result(None)
-            except Exception as error:
-                for _, waiting in batch:
-                    waiting.set_exception(error)
-        await future
-        return httpx.Response(200, json=self.reply(parsed))
+            for _, waiting in batch:
+                waiting.set_result(None)
+        except Exception as error:  # the cause reaches the client as it would from vLLM
+            for _, waiting in batch:
+                waiting.set_exception(BadRequest(f"{type(error).__name__}: {error}", code=500, kind="InternalServerError"))
 
     def parse(self, body: dict) -> ChatRequest:
         """Check a request's body as vLLM would, and make its random stream."""
+        if not isinstance(body, dict):
+            raise BadRequest("the body must be a JSON object")
         body = {name: value for name, value in body.items() if value is not None}
         for name, value in body.items():
             if name not in KNOWN and value not in NEUTRAL.get(name, ()):
@@ -194,6 +203,8 @@ class LocalServer(httpx.AsyncBaseTransport):
         vocabulary = self.model.get_output_embeddings().weight.shape[0]
         try:
             bias = {int(token): min(100.0, max(-100.0, float(value))) for token, value in body.get("logit_bias", {}).items()}
+            if any(math.isnan(value) for value in bias.values()):
+                raise ValueError("NaN")
         except (AttributeError, TypeError, ValueError):
             raise BadRequest("logit_bias must map token ids to numbers.", param="logit_bias") from None
         if any(not 0 <= token < vocabulary for token in bias):
@@ -210,9 +221,9 @@ class LocalServer(httpx.AsyncBaseTransport):
             raise BadRequest(f"messages: {type(error).__name__}: {error}", param="messages") from None
         room = self.max_model_len - len(prompt.ids)
         wanted = body.get("max_completion_tokens", body.get("max_tokens", room))
-        if isinstance(wanted, bool) or not isinstance(wanted, int) or wanted < 1:
+        if room >= 1 and (isinstance(wanted, bool) or not isinstance(wanted, int) or wanted < 1):
             raise BadRequest(f"max_completion_tokens must be at least 1, got {wanted!r}.", param="max_completion_tokens")
-        if wanted > room or room < 1:
+        if room < 1 or wanted > room:
             raise BadRequest(
                 f"This model's maximum context length is {self.max_model_len} tokens. However, you requested {wanted} output "
                 f"tokens and your prompt contains {len(prompt.ids)} input tokens.", param="input_tokens",

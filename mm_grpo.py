@@ -122,12 +122,19 @@ class MultimodalRLConfig:
             if not holds:
                 raise ValueError(f"{name}={getattr(self, name)!r}: {text}")
 
+        for f in fields(self):
+            kind = {"int": int, "float": (int, float)}.get(f.type)
+            value = getattr(self, f.name)
+            if kind and (isinstance(value, bool) or not isinstance(value, kind) or value != value):
+                rule(f.name, False, f"must be {'a whole number' if kind is int else 'a number'}")
         for name in ("learning_rate", "temperature", "generation_timeout", "vllm_server_timeout", "max_grad_norm"):
             rule(name, 0 < getattr(self, name) < math.inf, "must be above 0 and finite")
         for name in ("updates_per_batch", "micro_batch_size", "max_tokens", "max_concurrent", "log_every_steps"):
             rule(name, getattr(self, name) >= 1, "must be at least 1")
         for name in ("weight_decay", "max_steps", "eval_examples", "sync_to_vllm_every", "clip_high", "beta", "mask_ratio_low"):
             rule(name, getattr(self, name) >= 0, "must not be negative")
+        for name in ("weight_decay", "clip_high", "beta"):
+            rule(name, getattr(self, name) < math.inf, "must be finite")
         G = self.rollouts_per_example
         rule("rollouts_per_example", G >= 2, "must be at least 2: a group of one has no mean to compare with")
         rule("rollouts_per_step", self.rollouts_per_step >= G, f"must be at least rollouts_per_example={G}")
@@ -392,13 +399,14 @@ def token_logprobs(logits: Tensor, targets: Tensor, temperature: float = 1.0) ->
         targets: (...) token ids.
 
     Returns:
-        (logprobs, entropies): (...) float32 each, in nats.
+        (logprobs, entropies): (...) float32 each, in nats; entropies without gradient.
     """
     if not temperature > 0:
         raise ValueError(f"temperature={temperature}: must be > 0")
     all_logprobs = torch.log_softmax(logits.float() / temperature, dim=-1)
     logprobs = all_logprobs.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
-    entropies = -(all_logprobs.exp() * all_logprobs).sum(-1)
+    with torch.no_grad():  # a metric; for an entropy bonus take this line away, at the price of its memory
+        entropies = -(all_logprobs.exp() * all_logprobs).sum(-1)
     return logprobs, entropies
 
 
@@ -539,7 +547,7 @@ def score(
         batch: on the model's device.
         temperature: of the sampling.
         placeholder_ids: ids that were asked for with a logit_bias of -100.
-        prefixes: `shared_prefixes(batch, ...)`, to run each distinct prompt once. Same numbers at trained tokens.
+        prefixes: from `shared_prefixes`, to run each distinct prompt once. Same numbers at trained tokens.
 
     Returns:
         (logprobs, entropies): (B, T) float32 each; [:, t] is about token t + 1, given the tokens up to t. With prefixes
@@ -726,8 +734,9 @@ class MultimodalGRPOTrainer:
             batch = without_truncated(batch)
         advantages = row_advantages(batch, config.scale_rewards)
         weights = token_weights(batch.loss_mask[:, 1:], config.loss_type, config.max_tokens)
-        # micro-batches: their rows, the batch of them, the prompts that they share
-        parts = [(rows, batch.select(rows)) for rows in torch.arange(len(batch)).split(config.micro_batch_size)]
+        # Micro-batches: their rows, the batch of them, the prompts that they share. Rows without a trained token say nothing.
+        speaking = (weights > 0).any(-1).nonzero()[:, 0] if (weights > 0).any() else torch.arange(len(batch))
+        parts = [(rows, batch.select(rows)) for rows in speaking.split(config.micro_batch_size)]
         prefixes = [self._prefixes(part) for _, part in parts]
         ref_logprobs = [None] * len(parts)
         if self.ref_model is not None:
@@ -770,7 +779,7 @@ class MultimodalGRPOTrainer:
         return {
             **metrics,
             "zero_spread_fraction": zero_spread_fraction(batch),
-            "shared_prefix_fraction": sum(len(part) for (_, part), p in zip(parts, prefixes) if p) / len(batch),
+            "shared_prefix_fraction": sum(len(part) for (_, part), p in zip(parts, prefixes) if p) / len(speaking),
             "trained_tokens": int((batch.loss_mask != 0).sum()),
             "learning_rate": config.learning_rate,
         }
@@ -806,7 +815,8 @@ class MultimodalGRPOTrainer:
                         lines.write(json.dumps(metrics) + "\n")
                         lines.flush()
                     kl = metrics.get("kl", metrics["mismatch_kl"])
-                    progress.set_postfix_str(f"reward {metrics['reward']:.3f}, KL {kl:.1e}")
+                    seconds = sum(metrics[f"seconds_{part}"] for part in ("rollout", "update", "sync"))
+                    progress.set_postfix_str(f"reward {metrics['reward']:.3f}, KL {kl:.1e}, {seconds:.2f} s/step")
         finally:  # an interrupted run keeps what it has learned
             self.save_checkpoint(folder / "checkpoint")
         final = self.evaluate() if config.eval_examples else {}
@@ -818,7 +828,11 @@ class MultimodalGRPOTrainer:
 
     def save_checkpoint(self, folder: str | Path) -> None:
         """Weights, tokenizer and what the adapter adds, as `from_pretrained` reads them."""
-        self.model.save_pretrained(folder)
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        if hasattr(self.model, "save_pretrained"):
+            self.model.save_pretrained(folder)
+        else:
+            torch.save(self.model.state_dict(), Path(folder) / "model.pt")
         self.adapter.save_pretrained(folder)
 
     def _environment(self) -> vf.Environment:
@@ -881,8 +895,9 @@ def without_truncated(batch: MultimodalBatch) -> MultimodalBatch:
 
 # Where no --model is given: a tiny model of the family with random weights, and a run that fits it.
 DEMO = dict(
-    learning_rate=5e-4, max_steps=400, updates_per_batch=3, beta=0.05, scale_rewards="batch", max_tokens=3, micro_batch_size=128
-)
+    learning_rate=5e-4, max_steps=400, rollouts_per_example=4, updates_per_batch=3, micro_batch_size=128, max_tokens=3,
+    scale_rewards="batch", beta=0.05,
+)  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -14,7 +14,10 @@ PANELS = (("reward", "reward"), ("exact", "exact match"), ("mismatch_kl", "KL to
 
 def reward_metrics(outputs) -> dict[str, float]:
     """Mean and spread of the reward and mean of each metric of the rubric, over the rollouts that came back whole."""
-    rollouts = [rollout for rollout in outputs["outputs"] if not rollout.get("error")]
+    rollouts = [
+        rollout for rollout in outputs["outputs"]
+        if not rollout.get("error") and rollout["trajectory"] and math.isfinite(rollout["reward"] or 0.0)
+    ]  # fmt: skip
     if not rollouts:
         return {"reward": math.nan, "reward_std": math.nan}
     rewards = torch.tensor([rollout["reward"] for rollout in rollouts], dtype=torch.float64)
@@ -59,7 +62,8 @@ def combine_metrics(parts: list[tuple[dict[str, Tensor], int]]) -> dict[str, flo
 
 
 def describe(metrics: dict[str, float]) -> str:
-    return ", ".join(f"{name} {value:.3f}" for name, value in metrics.items() if name != "reward_std")
+    """The metrics of an evaluation on one line."""
+    return ", ".join(f"{name} {value:.3f}" for name, value in metrics.items() if name not in ("reward_std", "num_turns"))
 
 
 def draw_curves(log: str | Path, picture: str | Path) -> Path:

@@ -73,7 +73,7 @@ def make_example(rng: random.Random, image_size: int, images_per_prompt: int, bl
 
 
 def make_rubric() -> vf.Rubric:
-    """Partial credit: 0.3 for the colour, 0.5 for the shape, 0.2 for the form; `exact` is a metric and has no weight."""
+    """Partial credit: 0.4 for the colour, 0.4 for the shape, 0.2 for the form; `exact` is a metric and has no weight."""
     parser = vf.Parser(extract_fn=lambda text: text.split())
 
     def colour(completion, answer, parser) -> float:
@@ -92,7 +92,7 @@ def make_rubric() -> vf.Rubric:
     def exact(completion, answer, parser) -> float:
         return float((parser.parse_answer(completion) or []) == answer.split())
 
-    return vf.Rubric(funcs=[colour, shape, form, exact], weights=[0.3, 0.5, 0.2, 0.0], parser=parser)
+    return vf.Rubric(funcs=[colour, shape, form, exact], weights=[0.4, 0.4, 0.2, 0.0], parser=parser)
 
 
 def load_environment(

@@ -120,7 +120,7 @@ def shared_prefixes(model, batch: MultimodalBatch, placeholder_ids: Sequence[int
     prompts = batch.select(rows)
     P = int(lengths[rows].max())
     shift = column[:P] - (P - lengths[rows])[:, None]  # (K, P) the column that comes to stand here; negative: padding
-    left = {"input_ids": prompts.input_ids} | {name: t for name, t in prompts.media.items() if t.shape == (len(rows), L)}
+    left = {"input_ids": prompts.input_ids} | {name: prompts.media[name] for name in per_row}
     left = {name: t.gather(1, shift.clamp(min=0)) * (shift >= 0) for name, t in left.items()}
     ids = left.pop("input_ids")
     zeros = torch.zeros_like(ids)
