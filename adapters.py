@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import binascii
 import contextlib
+import functools
 import io
 import math
 import re
@@ -211,6 +212,8 @@ class ImageAdapter(MultimodalAdapter):
         self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
         if self.image_token_id in (None, tokenizer.unk_token_id):
             raise ValueError(f"tokenizer: has no {self.image_token!r}; is this the right adapter for the checkpoint?")
+        # server and trainer ask for a step's images one after the other: the second time they are there
+        self.load_input = functools.lru_cache(maxsize=64)(lambda url: self.image_input(load_image(url)))
         ids = (tokenizer.convert_tokens_to_ids(token) for token in self.placeholder_tokens)
         self.placeholder_ids = sorted(i for i in ids if i not in (None, tokenizer.unk_token_id))
 
@@ -228,12 +231,10 @@ class ImageAdapter(MultimodalAdapter):
 
     def build_batch(self, outputs) -> MultimodalBatch:
         rows = rollout_rows(outputs, self.placeholder_ids)
-        seen: dict[str, ImageInput] = {}  # rows of a group show the same images: process each once
+        seen: dict[str, ImageInput] = {}  # rows of a group show the same images: store each once
         images: list[list[ImageInput]] = []
         for row in rows:
-            urls = image_urls(row.messages)
-            seen |= {url: self.image_input(load_image(url)) for url in urls if url not in seen}
-            images.append([seen[url] for url in urls])
+            images.append([seen.setdefault(url, self.load_input(url)) for url in image_urls(row.messages)])
             self._check_placeholders(row, images[-1])
         tensors = token_tensors(rows, self.tokenizer.pad_token_id or 0)
         media, spans = pack_images(images)
@@ -273,7 +274,7 @@ class ImageAdapter(MultimodalAdapter):
             only_text = all(part["type"] == "text" for part in images)
             plain.append({"role": role, "content": "".join(part["text"] for part in images) if only_text else images})
         text = self.tokenizer.apply_chat_template(plain, add_generation_prompt=True, tokenize=False)
-        images = [self.image_input(load_image(url)) for url in image_urls(messages)]
+        images = [self.load_input(url) for url in image_urls(messages)]
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         if ids.count(self.image_token_id) != len(images):
             raise ValueError(

@@ -133,7 +133,7 @@ class MultimodalRLConfig:
             rule(name, getattr(self, name) >= 1, "must be at least 1")
         for name in ("weight_decay", "max_steps", "eval_examples", "sync_to_vllm_every", "clip_high", "beta", "mask_ratio_low"):
             rule(name, getattr(self, name) >= 0, "must not be negative")
-        for name in ("weight_decay", "clip_high", "beta"):
+        for name in ("weight_decay", "beta"):
             rule(name, getattr(self, name) < math.inf, "must be finite")
         G = self.rollouts_per_example
         rule("rollouts_per_example", G >= 2, "must be at least 2: a group of one has no mean to compare with")
@@ -896,7 +896,7 @@ def without_truncated(batch: MultimodalBatch) -> MultimodalBatch:
 # Where no --model is given: a tiny model of the family with random weights, and a run that fits it.
 DEMO = dict(
     learning_rate=5e-4, max_steps=400, rollouts_per_example=4, updates_per_batch=3, micro_batch_size=128, max_tokens=3,
-    scale_rewards="batch", beta=0.05,
+    scale_rewards="batch", beta=0.1,
 )  # fmt: skip
 
 
