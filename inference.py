@@ -351,16 +351,14 @@ def sample(logits: Tensor, temperature: Tensor, top_p: Tensor, noise: Tensor) ->
 # ---------------------------------------------------------------------------------------------------------------------
 # A vLLM server
 
+VLLM_COMMAND = "VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --logprobs-mode processed_logprobs --generation-config vllm"
+
 
 class VLLMServer:
     """A running vLLM server: completions over HTTP, weights through a folder that both sides see.
 
-    Start it with what training needs:
-
-        VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --logprobs-mode processed_logprobs --generation-config vllm
-
-    Dev mode has the routes for weight updates; processed logprobs are those of the distribution that was sampled, at
-    the request's temperature; and without `--generation-config vllm` the checkpoint's own sampling settings sneak in.
+    Start it with VLLM_COMMAND: dev mode has the routes for weight updates, processed logprobs are those of the distribution
+    that was sampled, and without `--generation-config vllm` the checkpoint's own sampling settings sneak in.
 
     Args:
         host, port: of the server.
@@ -382,7 +380,7 @@ class VLLMServer:
         deadline = time.monotonic() + timeout
         while not self._healthy():
             if time.monotonic() > deadline:
-                raise TimeoutError(f"no vLLM server answered at {self.url} within {timeout:.0f} s. {self.__doc__.split(':', 1)[1].split('Args')[0]}")
+                raise TimeoutError(f"no vLLM server answered at {self.url} within {timeout:.0f} s. Start one: {VLLM_COMMAND}")
             time.sleep(0.5)
         self.model_name = self._call("GET", "/v1/models").json()["data"][0]["id"]
         self.client = openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key="EMPTY", timeout=generation_timeout)
@@ -390,7 +388,8 @@ class VLLMServer:
 
     def sync(self, model) -> None:
         """Load the model's weights into the server: write, pause, reload, drop every cache of the old policy, resume."""
-        weights = {self.parameter_name(name): tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+        # parameters, not the state dict: tied ones are there once, and safetensors refuses shared memory
+        weights = {self.parameter_name(name): tensor.detach().cpu().contiguous() for name, tensor in model.named_parameters()}
         folder = self.weights_dir.resolve()
         fresh = folder.with_name(folder.name + ".new")
         fresh.mkdir(parents=True, exist_ok=True)
@@ -425,14 +424,13 @@ class VLLMServer:
         return response
 
     def _check_logprobs(self) -> None:
-        """One greedy-free token at temperature 1, and again, forced, at 0.5: processed logprobs differ, raw ones do not."""
-        ask = {"model": self.model_name, "prompt": [1, 2, 3], "max_tokens": 1, "seed": 0, "logprobs": 1, "return_token_ids": True}
-        first = self._call("POST", "/v1/completions", json={**ask, "temperature": 1.0}).json()["choices"][0]
-        if not first.get("token_ids"):
-            raise RuntimeError(f"{self.url}: return_token_ids gave no token ids; vLLM 0.10.2 or later is needed")
-        best = {}
+        """The likeliest token's logprob must change with the temperature; where it does not, they are raw logprobs."""
+        best = []
         for temperature in (1.0, 0.5):
-            answer = self._call("POST", "/v1/completions", json={**ask, "temperature": temperature}).json()
-            best[temperature] = max(answer["choices"][0]["logprobs"]["top_logprobs"][0].values())
-        if best[1.0] < -1e-3 and abs(best[1.0] - best[0.5]) < 1e-6:
+            ask = {"model": self.model_name, "prompt": [1, 2, 3], "max_tokens": 1, "temperature": temperature}
+            answer = self._call("POST", "/v1/completions", json={**ask, "logprobs": 1, "return_token_ids": True}).json()
+            if not answer["choices"][0].get("token_ids"):
+                raise RuntimeError(f"{self.url}: return_token_ids gave no token ids; vLLM 0.10.2 or later is needed")
+            best.append(max(answer["choices"][0]["logprobs"]["top_logprobs"][0].values()))
+        if best[0] < -1e-3 and abs(best[0] - best[1]) < 1e-6:
             raise RuntimeError(f"{self.url} reports logprobs before the temperature: start it with --logprobs-mode processed_logprobs")

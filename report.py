@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-PANELS = (("reward", "reward"), ("exact", "exact match"), ("mismatch_kl", "KL to the sampling policy"), ("entropy", "entropy (nats)"))
+PANELS = (("reward", "reward of the samples"), ("exact", "exact match of the samples"), ("mismatch_kl", "KL to the sampling policy"), ("entropy", "entropy (nats)"))
 
 
 def reward_metrics(outputs) -> dict[str, float]:
