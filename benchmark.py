@@ -15,11 +15,14 @@ CPU: float32, two threads, about 8 M parameters.
 from __future__ import annotations
 
 import argparse
+import re
+import resource
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
@@ -136,17 +139,24 @@ def three_ways(model, P: int, C: int, G: int, runs: int) -> dict[str, float]:
     )
 
 
+def peak_rss() -> float:
+    """The most memory that this process has held so far, in MB. (Linux: getrusage would count the parent's too.)"""
+    status = Path("/proc/self/status")
+    if status.exists():
+        return int(re.search(r"VmHWM:\s*(\d+)", status.read_text()).group(1)) / 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # bytes on macOS
+
+
 def peak_memory(size: str, way: str, P: int, C: int, G: int) -> float:
     """Megabytes that an update takes beyond the weights, at its peak, in a process of its own (CPU)."""
     code = (
-        "import torch, resource, benchmark as b; torch.set_num_threads(2);"
+        "import torch, benchmark as b; torch.set_num_threads(2);"
         f"model = b.make_model({size!r}, 'cpu'); batch = b.make_batch(model, {P}, {C}, {G});"
         "small = b.make_batch(model, 32, 2, 2); b.update(model, small, True); b.update(model, small, False);"
-        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss;"
-        f"b.update(model, batch, {way == 'shared'}); print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
+        f"before = b.peak_rss(); b.update(model, batch, {way == 'shared'}); print(b.peak_rss() - before)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    return int(done.stdout.split()[-1]) / 1024
+    return float(done.stdout.split()[-1])
 
 
 def trl_update(model, batch: MultimodalBatch, P: int) -> Callable[[], None]:
@@ -205,7 +215,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--runs", type=int, default=7, help="counted runs of each way")
     parser.add_argument("--trl", action="store_true", help="time TRL's loss too, and compare its gradients")
-    parser.add_argument("--picture", default="benchmark.png")
+    parser.add_argument("--picture", default="benchmark.png", help="where to draw the cost against G")
     arguments = parser.parse_args()
     torch.set_num_threads(2)
     model = make_model(arguments.size, arguments.device)

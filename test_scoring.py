@@ -49,15 +49,15 @@ def test_the_peak_does_not_grow_with_tokens_times_vocabulary():
 
     def peak_mb(chunk: int, tokens: int) -> float:
         code = (
-            "import torch, resource, mm_grpo; torch.set_num_threads(2); mm_grpo.CHUNK_TOKENS = %d;"
+            "import torch, mm_grpo; from benchmark import peak_rss; torch.set_num_threads(2); mm_grpo.CHUNK_TOKENS = %d;"
             "head = torch.nn.Linear(16, 100_000, bias=False); hidden = torch.randn(%d, 16, requires_grad=True);"
             "targets = torch.randint(0, 100_000, (%d,));"
-            "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss;"
+            "before = peak_rss();"
             "lp, _ = mm_grpo.chunked_logprobs(head, hidden, targets, 1.0, [5]); lp.sum().backward();"
-            "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)" % (chunk, tokens, tokens)
+            "print(peak_rss() - before)" % (chunk, tokens, tokens)
         )
         done = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True, check=True)
-        return int(done.stdout) / 1024
+        return float(done.stdout)
 
     logits_mb = 4096 * 100_000 * 4 / 2**20
     chunked = peak_mb(512, 4096)
