@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+import benchmark
 import mm_grpo
 from conftest import make_tiny
 from mm_grpo import MultimodalGRPOTrainer, MultimodalRLConfig, chunked_logprobs, headless, token_logprobs
@@ -122,3 +123,17 @@ def test_both_ways_give_the_same_update():
     assert metrics[0]["grad_norm"] == pytest.approx(metrics[1]["grad_norm"], rel=1e-4, abs=1e-7)
     assert metrics[0]["loss"] == pytest.approx(metrics[1]["loss"], abs=1e-6)
     assert metrics[0]["entropy"] == pytest.approx(metrics[1]["entropy"], rel=1e-5)
+
+
+def test_the_benchmark_compares_ways_with_the_same_gradients():
+    model = benchmark.make_model("8m", "cpu")
+    batch = benchmark.make_batch(model, P=benchmark.TEXT + 16, C=8, G=4)
+    gradients = []
+    for share in (False, True):
+        model.zero_grad(set_to_none=True)
+        benchmark.update(model, batch, share)
+        gradients.append(benchmark.gradients(model))
+    # float32 sums in another order
+    assert (gradients[0] - gradients[1]).norm() <= 1e-5 * gradients[0].norm()
+    dense = benchmark.dense_batch(batch, benchmark.TEXT + 16)
+    assert dense.input_ids.shape == (1, benchmark.TEXT + 16 + 4 * 8) and len(dense.extra_model_kwargs["image_grid_thw"]) == 1
