@@ -131,7 +131,8 @@ def test_a_lost_image_shows_as_mismatch():
     trainer = make_trainer("qwen", rollouts_per_step=16, env_args={"num_train_examples": 16})
     batch = trainer.adapter.build_batch(trainer.collect())
     batch.pixel_values = torch.zeros_like(batch.pixel_values)
-    assert trainer.update(batch)["mismatch_kl"] > 1e-6 > 1e-10  # on-policy it is below 1e-10
+    with pytest.warns(UserWarning, match="images lost"):
+        assert trainer.update(batch)["mismatch_kl"] > 1e-6  # on-policy it is below 1e-10
 
 
 # -- command line
@@ -163,8 +164,8 @@ def test_the_command_line_trains_and_leaves_a_checkpoint_that_loads(tmp_path):
 def test_help_names_every_field_and_a_bad_value_is_refused_by_name(tmp_path):
     screen = run("--help", cwd=tmp_path)
     assert all(f"--{name}" in screen for name in MultimodalRLConfig.__dataclass_fields__)
-    bad = subprocess.run([*COMMAND, "--adapter", "qwen", "--rollouts_per_step", "12"], capture_output=True, text=True)
-    assert bad.returncode == 2 and "rollouts_per_step=12: must be a multiple" in bad.stderr
+    bad = subprocess.run([*COMMAND, "--adapter", "qwen", "--rollouts_per_step", "14"], capture_output=True, text=True)
+    assert bad.returncode == 2 and "rollouts_per_step=14: must be a multiple" in bad.stderr
 
 
 def test_importing_prints_nothing():
@@ -211,5 +212,6 @@ def test_the_adapter_of_the_readme_trains(tmp_path, monkeypatch):
     batch = adapter.build_batch(outputs)
     assert batch.pixel_values.shape[1:] == (3, 32, 32) and len(batch) == 16
     before = trainer.model.look.weight.clone()
-    trainer.update(batch)
+    with pytest.warns(UserWarning, match="disagree"):  # another model sampled these completions
+        trainer.update(batch)
     assert not torch.equal(before, trainer.model.look.weight) or not bool((batch.rewards != batch.rewards[0]).any())
