@@ -54,7 +54,6 @@ if TYPE_CHECKING:
     import verifiers as vf
     from verifiers.types import GenerateOutputs
 
-logger = logging.getLogger("mm_grpo")
 LOSS_TYPES = ("grpo", "dr_grpo", "dapo", "gspo", "cispo", "masked")
 PLACEHOLDER_BIAS = -100.0  # what OpenAI's logit_bias allows at most; exp(-100) is never sampled
 CHUNK_TOKENS = 512  # tokens whose logits exist at once
