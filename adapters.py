@@ -234,7 +234,9 @@ class ImageAdapter(MultimodalAdapter):
         seen: dict[str, ImageInput] = {}  # rows of a group show the same images: store each once
         images: list[list[ImageInput]] = []
         for row in rows:
-            images.append([seen.setdefault(url, self.load_input(url)) for url in image_urls(row.messages)])
+            urls = image_urls(row.messages)
+            seen |= {url: self.load_input(url) for url in urls if url not in seen}
+            images.append([seen[url] for url in urls])
             self._check_placeholders(row, images[-1])
         tensors = token_tensors(rows, self.tokenizer.pad_token_id or 0)
         media, spans = pack_images(images)

@@ -29,6 +29,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import functools
 import json
 import logging
 import math
@@ -46,7 +47,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from inference import ChatClient, LocalServer, VLLMServer, prefill
+from inference import ChatClient, LocalServer, VLLMServer
 from report import combine_metrics, describe, draw_curves, reward_metrics, rollout_metrics, zero_spread_fraction
 from shared_prefix import SharedPrefixes, score_shared, shared_prefixes
 
@@ -695,9 +696,8 @@ class MultimodalGRPOTrainer:
         """Walk the training set in a seeded shuffle, anew in each epoch: every example once before any comes again."""
         dataset = self._environment().get_dataset()
         epoch, i = divmod(self.prompts_taken, len(dataset))
-        order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(self.config.seed * 1_000_003 + epoch))
         self.prompts_taken += 1
-        return dataset[int(order[i])]
+        return dataset[epoch_order(len(dataset), self.config.seed, epoch)[i]]
 
     def rollout(self, examples: list[dict], temperature: float) -> GenerateOutputs:
         """Run the environment on these dataset rows. Every sampling parameter is sent: a server's defaults may differ."""
@@ -858,6 +858,12 @@ class MultimodalGRPOTrainer:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What the trainer needs beside the method
+
+
+@functools.lru_cache(maxsize=2)
+def epoch_order(count: int, seed: int, epoch: int) -> list[int]:
+    """The order in which an epoch shows `count` examples."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)).tolist()
 
 
 def with_reward(outputs: GenerateOutputs, key: str) -> GenerateOutputs:

@@ -87,17 +87,18 @@ def shared_prefixes(model, batch: MultimodalBatch, placeholder_ids: Sequence[int
     if not isinstance(model, GenerationMixin) or (model.training and model.is_activation_checkpointing):
         return None
     B, L = batch.input_ids.shape
-    starts = batch.attention_mask.sum(-1)
-    column = torch.arange(L, device=starts.device)
-    if not torch.equal(batch.attention_mask != 0, column < starts[:, None]):
+    ends = batch.attention_mask.sum(-1)
+    column = torch.arange(L, device=ends.device)
+    if not torch.equal(batch.attention_mask != 0, column < ends[:, None]):
         return None
-    lengths = torch.where((batch.loss_mask != 0).any(-1), (batch.loss_mask != 0).int().argmax(-1), starts)
-    if (lengths >= starts).any():
+    trained = batch.loss_mask != 0
+    if not trained.any(-1).all():
         return None
+    lengths = trained.int().argmax(-1)  # (B,) where the first trained token stands
     per_row = {name: tensor for name, tensor in batch.media.items() if name not in batch.media_spans}
     if any(tensor.shape != (B, L) for tensor in per_row.values()):
         return None
-    media = torch.isin(batch.input_ids, torch.tensor(list(placeholder_ids), device=starts.device))
+    media = torch.isin(batch.input_ids, torch.tensor(list(placeholder_ids), dtype=torch.long, device=ends.device))
     for tensor in per_row.values():
         media = media | (tensor != 0)
     if (media & (column >= lengths[:, None])).any():
@@ -128,4 +129,4 @@ def shared_prefixes(model, batch: MultimodalBatch, placeholder_ids: Sequence[int
         prompts, input_ids=ids, attention_mask=(shift >= 0).long(), loss_mask=zeros, behavior_logprobs=zeros.float(),
         extra_model_kwargs={**prompts.extra_model_kwargs, **left},
     )
-    return SharedPrefixes(prompts, torch.tensor(owner, device=starts.device), lengths)
+    return SharedPrefixes(prompts, torch.tensor(owner, device=ends.device), lengths)
