@@ -365,7 +365,7 @@ class LlavaAdapter(ImageAdapter):
 
     def server_parameter_name(self, name: str) -> str:
         # Transformers 5 has dropped a level of CLIP's module names that vLLM 0.32 still has
-        return re.sub(r"vision_tower\.(?!vision_model\.)", "vision_tower.vision_model.", name)
+        return re.sub(r"vision_tower\.(?!vision_model\.)", "vision_tower.vision_model.", super().server_parameter_name(name))
 
 
 ADAPTERS = {"qwen": QwenVLAdapter, "llava": LlavaAdapter}

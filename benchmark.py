@@ -7,6 +7,8 @@ P + G * C tokens with one image.
     python benchmark.py                 # the table, the cost against G, peak memory; writes benchmark.png
     python benchmark.py --trl           # adds TRL's own GRPO loss on the same tensors (pip install trl)
     python benchmark.py --device cuda --size 2b      # a Qwen2-VL-2B shape in bf16 autocast, on a GPU
+    python benchmark.py --vllm_port 8000 --model CHECKPOINT      # instead: steps with rollouts in turn and ahead (async_rollouts),
+                                                                 # on the vLLM server there, which serves that Qwen-VL checkpoint
 
 Each figure is a median over runs that alternate between the ways; forward and backward, same weights, same batch. On the
 CPU: float32, two threads, about 8 M parameters.
@@ -20,6 +22,7 @@ import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -195,6 +198,40 @@ def gradients(model) -> torch.Tensor:
     return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 
+def rollouts_ahead(port: int, folder: str, runs: int) -> None:
+    """Whole steps with a real server: rollouts and update in turn, or the next rollouts during the update."""
+    from transformers import AutoModelForImageTextToText, AutoTokenizer
+
+    from adapters import QwenVLAdapter
+    from mm_grpo import MultimodalGRPOTrainer, MultimodalRLConfig, quiet_libraries
+
+    quiet_libraries()
+    torch.set_num_threads(1)  # the server needs a core too
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    steps: dict[bool, list[dict]] = {False: [], True: []}
+    for _ in range(runs):
+        for ahead in steps:
+            model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
+            with tempfile.TemporaryDirectory() as output_dir:
+                config = MultimodalRLConfig(
+                    output_dir=output_dir, vllm_server_host="127.0.0.1", vllm_server_port=port, async_rollouts=ahead, max_steps=100,
+                    learning_rate=1e-5, rollouts_per_step=64, rollouts_per_example=8, max_tokens=64, updates_per_batch=4,
+                )  # fmt: skip
+                trainer = MultimodalGRPOTrainer(model, tokenizer, QwenVLAdapter(tokenizer), config)
+                trainer.set_environment("shapes-env", num_train_examples=64, num_eval_examples=1)
+                block = [trainer.step() for _ in range(9)]
+            steps[ahead] += block[3:]  # the first ones are in turn either way
+    print("| rollouts | steps | lag | s a step | waiting for rollouts | update | weight update |\n|---|---|---|---|---|---|---|")
+    parts = ("rollout", "update", "sync")
+    seconds = {}
+    for ahead, measured in steps.items():
+        whole = seconds[ahead] = statistics.median(sum(step[f"seconds_{part}"] for part in parts) for step in measured)
+        each = " | ".join(f"{statistics.median(step[f'seconds_{part}'] for step in measured):.3f}" for part in parts)
+        name, lags = "ahead" if ahead else "in turn", sorted({step["lag"] for step in measured})
+        print(f"| {name} | {len(measured)} | {', '.join(map(str, lags))} | {whole:.3f} | {each} |")
+    print(f"\nin turn / ahead: {seconds[False] / seconds[True]:.2f} (medians of steps, {runs} blocks of 6 of each way, alternating)")
+
+
 def draw(costs: list[tuple[int, dict[str, float]]], title: str, picture: str) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -216,7 +253,13 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=7, help="counted runs of each way")
     parser.add_argument("--trl", action="store_true", help="time TRL's loss too, and compare its gradients")
     parser.add_argument("--picture", default="benchmark.png", help="where to draw the cost against G")
+    parser.add_argument("--vllm_port", type=int, help="measure rollouts ahead instead, on the vLLM server at this port of 127.0.0.1")
+    parser.add_argument("--model", help="with --vllm_port: the checkpoint folder that it serves")
     arguments = parser.parse_args()
+    if (arguments.vllm_port is None) != (arguments.model is None):
+        parser.error("--vllm_port and --model go together")
+    if arguments.vllm_port is not None:
+        return rollouts_ahead(arguments.vllm_port, arguments.model, arguments.runs)
     torch.set_num_threads(2)
     model = make_model(arguments.size, arguments.device)
     cases = CASES if arguments.size == "8m" else [(1052, 256, 8)]

@@ -33,11 +33,13 @@ import functools
 import json
 import logging
 import math
+import shutil
 import sys
 import time
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -47,7 +49,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from inference import ChatClient, LocalServer, VLLMServer
+from inference import ATTEMPTS, ChatClient, LocalServer, VLLMServer
 from report import combine_metrics, describe, draw_curves, reward_metrics, rollout_metrics, zero_spread_fraction
 from shared_prefix import SharedPrefixes, score_shared, shared_prefixes
 
@@ -92,8 +94,10 @@ class MultimodalRLConfig:
     eval_examples: int = option(256, "examples of the greedy evaluation before and after training; 0: none")
     vllm_server_host: str | None = option(None, "host of a vLLM server for the rollouts; unset: they run in this process")
     vllm_server_port: int = option(8000, "its port")
-    vllm_server_timeout: float = option(240.0, "seconds to wait for the server to answer, and for a weight update")
+    vllm_server_timeout: float = option(240.0, "seconds to wait for the server to answer, and for each part of a weight update")
     sync_to_vllm_every: int = option(1, "steps between weight updates of the vLLM server; 0: never")
+    weight_sync_dir: str | None = option(None, "folder for weight updates that trainer and server both see; unset: output_dir/weights")
+    async_rollouts: bool = option(False, "a vLLM server samples the next step's rollouts while a step trains: one step off-policy")
     loss_type: Literal["grpo", "dr_grpo", "dapo", "gspo", "cispo", "masked"] = option("dapo", "see the table in the README")
     clip_low: float = option(0.2, "the ratio is clipped below 1 - clip_low, in [0, 1)")
     clip_high: float = option(0.2, "the ratio is clipped above 1 + clip_high")
@@ -103,7 +107,10 @@ class MultimodalRLConfig:
     scale_rewards: Literal["group", "batch", "none"] = option("group", "standard deviation that advantages are divided by")
     mask_truncated_completions: bool = option(False, "do not train on completions that were cut off at max_tokens")
     max_grad_norm: float = option(1.0, "gradients are scaled down to this norm")
-    mismatch_threshold: float = option(0.01, "mismatch_kl at a first update above which a warning names the usual causes")
+    mismatch_threshold: float | None = option(
+        None, "largest mean |trainer's - server's logprob| of on-policy rollouts; unset: 1e-3 in float32, else 0.1"
+    )
+    on_mismatch: Literal["warn", "error"] = option("warn", "what a larger one is: a warning that names the usual causes, or the end")
     bf16: bool = option(False, "run the forward passes in bfloat16 autocast; weights and optimizer stay as they are")
     seed: int = option(0, "of prompts' order and of sampling (and of the weights, where they are made here)")
     log_every_steps: int = option(1, "steps between lines of metrics.jsonl")
@@ -142,7 +149,9 @@ class MultimodalRLConfig:
         rule("clip_low", 0 <= self.clip_low < 1, "must be in [0, 1)")
         rule("mask_ratio_low", self.mask_ratio_low <= 1, "must be at most 1, or on-policy tokens would be dropped")
         rule("mask_ratio_high", self.mask_ratio_high >= 1, "must be at least 1, or on-policy tokens would be dropped")
-        rule("mismatch_threshold", self.mismatch_threshold > 0, "must be above 0")
+        threshold = 1 if self.mismatch_threshold is None else self.mismatch_threshold
+        rule("mismatch_threshold", isinstance(threshold, int | float) and threshold > 0, "must be a number above 0")
+        rule("on_mismatch", self.on_mismatch in ("warn", "error"), "must be 'warn' or 'error'")
         rule("vllm_server_port", 0 < self.vllm_server_port < 65536, "must be a port number")
         rule("loss_type", self.loss_type in LOSS_TYPES, f"must be one of {list(LOSS_TYPES)}")
         rule("scale_rewards", self.scale_rewards in ("group", "batch", "none"), "must be 'group', 'batch' or 'none'")
@@ -337,8 +346,11 @@ class MultimodalAdapter(ABC):
         """
 
     def server_parameter_name(self, name: str) -> str:
-        """A parameter of the model in training, by the name that vLLM knows it by."""
-        return name
+        """A parameter of the model in training, by the name that vLLM and published checkpoints know it by.
+
+        The names that wrappers put in front (torch.compile, DistributedDataParallel) are taken off.
+        """
+        return name.removeprefix("module.").replace("_orig_mod.", "")
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Save what is needed to load the checkpoint again, beside the weights."""
@@ -474,7 +486,8 @@ def grpo_loss(
 
     Returns:
         (loss, metrics): a scalar, and detached scalars over the tokens with weight > 0: mismatch_kl (mean k3 of policy
-        to behaviour), ratio_min, ratio_max, clip_fraction, masked_fraction, and kl (to the reference) when beta > 0.
+        to behaviour), logprob_difference (mean |log-ratio|), ratio_min, ratio_max, clip_fraction, masked_fraction, and kl
+        (to the reference) when beta > 0.
     """
     if loss_type not in LOSS_TYPES:
         raise ValueError(f"loss_type={loss_type!r}: must be one of {list(LOSS_TYPES)}")
@@ -515,6 +528,7 @@ def grpo_loss(
     ratios = token_ratio.detach()[trained]
     metrics = {
         "mismatch_kl": mean(k3(log_ratio)),
+        "logprob_difference": mean(log_ratio.abs()),
         "ratio_min": ratios.min() if ratios.numel() else torch.ones(()),
         "ratio_max": ratios.max() if ratios.numel() else torch.ones(()),
         "clip_fraction": mean(clipped.float()),
@@ -622,6 +636,15 @@ def chunked_logprobs(
 # Trainer
 
 
+@dataclass
+class RolloutsAhead:
+    """The next step's rollouts, which a server samples while this step trains."""
+
+    examples: list[dict]
+    outputs: Future[GenerateOutputs | None]  # None: the server was lost on the way
+    synced_at: int  # steps that their policy has seen
+
+
 class MultimodalGRPOTrainer:
     """Synchronous GRPO: collect rollouts, build the batch, update the policy, bring the server up to date.
 
@@ -645,15 +668,24 @@ class MultimodalGRPOTrainer:
         self.env = env
         if server is None and config.vllm_server_host is not None:
             server = VLLMServer(
-                config.vllm_server_host, config.vllm_server_port, Path(config.output_dir) / "weights", adapter.server_parameter_name,
+                model, adapter, config.vllm_server_host, config.vllm_server_port,
+                weights_dir=config.weight_sync_dir or Path(config.output_dir) / "weights",
                 timeout=config.vllm_server_timeout, generation_timeout=config.generation_timeout,
-            )
-            if config.sync_to_vllm_every:
-                server.sync(model)  # it may have started from other weights
+            )  # fmt: skip
         self.server = server or LocalServer(model, adapter, seed=config.seed)
+        if config.async_rollouts and self.server.shares_weights:
+            raise ValueError(
+                "async_rollouts=True: needs vllm_server_host; in this process the model that samples is the one that is being changed"
+            )
         self.loop = asyncio.new_event_loop()  # one for the trainer's life: the client is bound to the loop it first ran in
         self.prompts_taken = 0
         self.steps_done = 0
+        self.synced_at = 0  # steps that the server's weights have seen
+        self.lag = 0  # steps that the rollouts in training lie behind
+        self.running: RolloutsAhead | None = None  # with async_rollouts
+        self.background = ThreadPoolExecutor(max_workers=1)
+        if config.sync_to_vllm_every:
+            self.sync()  # the server may have started from other weights
 
     def set_environment(self, id_or_env: str | vf.Environment, **env_args) -> None:
         """Train on this verifiers environment: an installed one's id with its arguments, or the environment itself."""
@@ -672,25 +704,51 @@ class MultimodalGRPOTrainer:
         metrics = self.update(batch)
         self.steps_done += 1
         updated = time.perf_counter()
+        if self.running is not None:  # no rollout may come from two policies
+            wait([self.running.outputs])
+        waited = time.perf_counter()
         if self.config.sync_to_vllm_every and self.steps_done % self.config.sync_to_vllm_every == 0:
-            self.server.sync(self.model)
+            self.sync()
         return {
             "step": self.steps_done,
             **rollout_metrics(outputs, batch),
             **metrics,
-            "seconds_rollout": collected - started,
+            "lag": self.lag,
+            "seconds_rollout": collected - started + waited - updated,
             "seconds_update": updated - collected,
-            "seconds_sync": time.perf_counter() - updated,
+            "seconds_sync": time.perf_counter() - waited,
         }
 
     def collect(self) -> GenerateOutputs:
-        """Roll out the next prompts, G completions each."""
-        config = self.config
-        examples = [self.next_example() for _ in range(config.rollouts_per_step // config.rollouts_per_example)]
-        outputs = self.rollout(
-            [example for example in examples for _ in range(config.rollouts_per_example)], config.temperature
-        )
+        """Roll out the next prompts, G completions each.
+
+        With `async_rollouts` they ran while the last step trained, and the next ones start now. The first ones after a
+        weight update are waited for, though: they show whether updates arrive (`_check_on_policy`).
+        """
+        config, ahead = self.config, self.running
+        examples = ahead.examples if ahead else self.next_examples()
+        outputs = ahead.outputs.result() if ahead else None
+        synced_at = ahead.synced_at if ahead else self.synced_at
+        if outputs is None:  # nothing ran ahead, or the server was lost under it
+            outputs, synced_at = self.rollout(examples, config.temperature), self.synced_at
+        self.lag = 0 if self.server.shares_weights else self.steps_done - synced_at
+        self.running = None
+        checked = self.synced_at > 0 or not config.sync_to_vllm_every
+        if config.async_rollouts and checked and self.steps_done + 1 < config.max_steps:
+            examples = self.next_examples()
+            coming = self.background.submit(self._try_rollout, examples, config.temperature)
+            self.running = RolloutsAhead(examples, coming, self.synced_at)
         return with_reward(outputs, config.primary_reward_key)
+
+    def sync(self) -> None:
+        """Bring the server's weights up to date."""
+        self.server.sync(self.model)
+        self.synced_at = self.steps_done
+
+    def next_examples(self) -> list[dict]:
+        """The examples of a step: each of the next prompts G times."""
+        count = self.config.rollouts_per_step // self.config.rollouts_per_example
+        return [example for example in [self.next_example() for _ in range(count)] for _ in range(self.config.rollouts_per_example)]
 
     def next_example(self) -> dict:
         """Walk the training set in a seeded shuffle, anew in each epoch: every example once before any comes again."""
@@ -700,7 +758,20 @@ class MultimodalGRPOTrainer:
         return dataset[epoch_order(len(dataset), self.config.seed, epoch)[i]]
 
     def rollout(self, examples: list[dict], temperature: float) -> GenerateOutputs:
-        """Run the environment on these dataset rows. Every sampling parameter is sent: a server's defaults may differ."""
+        """Run the environment on these dataset rows. A server that is lost meanwhile is waited for, and they run again."""
+        for _ in range(ATTEMPTS):
+            outputs = self._try_rollout(examples, temperature)
+            if outputs is not None:
+                return outputs
+            warnings.warn(f"step {self.steps_done + 1}: the server was lost during the rollouts; waiting for it, then they run again")
+            self.server.connect()
+            if self.config.sync_to_vllm_every:
+                self.sync()
+        raise RuntimeError(f"step {self.steps_done + 1}: the server was lost {ATTEMPTS} times during the same rollouts; its log knows why")
+
+    def _try_rollout(self, examples: list[dict], temperature: float) -> GenerateOutputs | None:
+        """The rollouts; None if the server was lost on the way, as those after its restart are of old weights."""
+        # Every sampling parameter is sent: a server's defaults may differ
         sampling = {
             "temperature": temperature,
             "max_tokens": self.config.max_tokens,
@@ -724,7 +795,9 @@ class MultimodalGRPOTrainer:
             on_log=lambda *_: None,
         )
         with self._autocast():
-            return self.loop.run_until_complete(run)
+            outputs = self.loop.run_until_complete(run)
+        return outputs if self.server.up_to_date() else None
+
 
     def update(self, batch: MultimodalBatch) -> dict[str, float]:
         """Train on one batch: `updates_per_batch` optimizer steps. Returns the metrics of the first and last of them."""
@@ -759,20 +832,21 @@ class MultimodalGRPOTrainer:
                     ref_logprobs=ref,
                     beta=config.beta,
                 )
-                loss.backward()
                 trained = weights[rows] > 0
                 values |= {"loss": loss.detach(), "entropy": entropies.detach()[trained].sum() / max(int(trained.sum()), 1)}
                 values_of_parts.append((values, int(trained.sum())))
+                loss.backward()
+            last = combine_metrics(values_of_parts)
+            if update == 0 and self.lag == 0:
+                self._check_on_policy(last)
             grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.max_grad_norm)
             if torch.isfinite(grad_norm):
                 self.optimizer.step()
             else:
                 warnings.warn(f"grad_norm={grad_norm.item()}: this update is skipped, the weights stay as they are")
             self.optimizer.zero_grad(set_to_none=True)
-            last = {**combine_metrics(values_of_parts), "grad_norm": grad_norm.item()}
+            last["grad_norm"] = grad_norm.item()
             metrics = metrics or last
-            if update == 0:
-                self._check_on_policy(last)
         if config.updates_per_batch > 1:  # the first update is on-policy; what the later ones drift to, the last one shows
             metrics |= {f"last_update/{name}": value for name, value in last.items()}
         return {
@@ -817,6 +891,8 @@ class MultimodalGRPOTrainer:
                     seconds = sum(metrics[f"seconds_{part}"] for part in ("rollout", "update", "sync"))
                     progress.set_postfix_str(f"reward {metrics['reward']:.3f}, KL {kl:.1e}, {seconds:.2f} s/step")
         finally:  # an interrupted run keeps what it has learned
+            if self.running is not None:  # nobody waits for them any more
+                self.loop.call_soon_threadsafe(lambda: [task.cancel() for task in asyncio.all_tasks(self.loop)])
             self.save_checkpoint(folder / "checkpoint")
         final = self.evaluate() if config.eval_examples else {}
         if config.eval_examples:
@@ -826,13 +902,19 @@ class MultimodalGRPOTrainer:
         return final
 
     def save_checkpoint(self, folder: str | Path) -> None:
-        """Weights, tokenizer and what the adapter adds, as `from_pretrained` reads them."""
-        Path(folder).mkdir(parents=True, exist_ok=True)
+        """Weights, tokenizer and what the adapter adds, as `from_pretrained` and vLLM read them; whole or not at all."""
+        folder = Path(folder)
+        fresh = folder.with_name(folder.name + ".new")
+        shutil.rmtree(fresh, ignore_errors=True)
+        fresh.mkdir(parents=True)
+        weights = {self.adapter.server_parameter_name(name): tensor for name, tensor in self.model.state_dict().items()}
         if hasattr(self.model, "save_pretrained"):
-            self.model.save_pretrained(folder)
+            self.model.save_pretrained(fresh, state_dict=weights)
         else:
-            torch.save(self.model.state_dict(), Path(folder) / "model.pt")
-        self.adapter.save_pretrained(folder)
+            torch.save(self.model.state_dict(), fresh / "model.pt")
+        self.adapter.save_pretrained(fresh)
+        shutil.rmtree(folder, ignore_errors=True)
+        fresh.rename(folder)
 
     def _environment(self) -> vf.Environment:
         if self.env is None:
@@ -846,14 +928,23 @@ class MultimodalGRPOTrainer:
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.config.bf16)
 
     def _check_on_policy(self, metrics: dict[str, float]) -> None:
-        if metrics["mismatch_kl"] > self.config.mismatch_threshold:
-            warnings.warn(
-                f"step {self.steps_done + 1}: mismatch_kl={metrics['mismatch_kl']:.3g} at the first update after a rollout: "
-                "the server and the trainer disagree about the policy that sampled. Usual causes: images lost or resized "
-                "differently on the way, the server's weights are old or were only partly updated, the server reports "
-                "logprobs before the temperature (vLLM: --logprobs-mode processed_logprobs), or it adds sampling settings "
-                "of the checkpoint (vLLM: --generation-config vllm)."
-            )
+        """Rollouts of the current policy must have the trainer's own logprobs, as far as the forwards' precision goes."""
+        exact = self.server.dtype == torch.float32 and not self.config.bf16
+        threshold = self.config.mismatch_threshold or (1e-3 if exact else 0.1)
+        difference = metrics["logprob_difference"]
+        if difference <= threshold:
+            return
+        message = (
+            f"step {self.steps_done + 1}: logprob_difference={difference:.3g} is above mismatch_threshold={threshold:g} at the "
+            "first update after a rollout: the server and the trainer disagree about the policy that sampled. Usual causes: "
+            "images lost or resized differently on the way (vLLM: --mm-processor-kwargs), the server's weights are old or were "
+            "only partly updated (a tied output head), it reports logprobs before the temperature (vLLM: --logprobs-mode "
+            "processed_logprobs), or it adds sampling settings of the checkpoint (vLLM: --generation-config vllm)."
+        )
+        if self.config.on_mismatch == "error":
+            self.optimizer.zero_grad(set_to_none=True)  # of this update nothing remains
+            raise RuntimeError(message)
+        warnings.warn(message)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -440,7 +440,7 @@ IMPOSSIBLE = {
     **dict.fromkeys(("max_steps", "eval_examples", "sync_to_vllm_every"), (-1,)),
     **dict.fromkeys(("weight_decay", "clip_high", "beta"), (-0.1, NAN)),
     "rollouts_per_example": (1, 0), "rollouts_per_step": (0, 4, 12), "clip_low": (-0.1, 1.0, NAN), "mask_ratio_low": (-0.1, 1.1, NAN),
-    "mask_ratio_high": (0.9, NAN), "mismatch_threshold": (0.0, NAN), "vllm_server_port": (0, 65536), "loss_type": ("ppo",),
+    "mask_ratio_high": (0.9, NAN), "mismatch_threshold": (0.0, NAN, "much"), "on_mismatch": ("stop",), "vllm_server_port": (0, 65536), "loss_type": ("ppo",),
     "scale_rewards": ("both",), "env_args": ("{", "red", [1], 7),
 }  # fmt: skip
 

