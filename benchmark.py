@@ -215,7 +215,7 @@ def rollouts_ahead(port: int, folder: str, runs: int) -> None:
             with tempfile.TemporaryDirectory() as output_dir:
                 config = MultimodalRLConfig(
                     output_dir=output_dir, vllm_server_host="127.0.0.1", vllm_server_port=port, async_rollouts=ahead, max_steps=100,
-                    learning_rate=1e-5, rollouts_per_step=64, rollouts_per_example=8, max_tokens=64, updates_per_batch=4,
+                    learning_rate=1e-5, rollouts_per_step=32, rollouts_per_example=8, max_tokens=64,
                 )  # fmt: skip
                 trainer = MultimodalGRPOTrainer(model, tokenizer, QwenVLAdapter(tokenizer), config)
                 trainer.set_environment("shapes-env", num_train_examples=64, num_eval_examples=1)

@@ -153,6 +153,9 @@ class LocalServer(httpx.AsyncBaseTransport):
     def close(self) -> None:
         self.pending.clear()
 
+    def __str__(self) -> str:
+        return "in this process"
+
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         path = request.url.path
         try:
@@ -410,6 +413,8 @@ class VLLMServer:
     def connect(self) -> None:
         """Wait until the server answers, and check that a policy can be trained on what it says."""
         deadline = time.monotonic() + self.timeout
+        if not self._healthy():
+            print(f"waiting up to {self.timeout:g} s for a vLLM server at {self.url}", flush=True)
         while not self._healthy():
             if time.monotonic() > deadline:
                 raise TimeoutError(
@@ -483,6 +488,10 @@ class VLLMServer:
 
     def close(self) -> None:
         self.http.close()
+
+    def __str__(self) -> str:
+        weights = "over NCCL" if self.transport == "nccl" else f"through {self.weights_dir}"
+        return f"by the vLLM server at {self.url}, weights {weights}"
 
     def _healthy(self) -> bool:
         try:

@@ -86,7 +86,7 @@ class MultimodalRLConfig:
     share_prefix: bool = option(True, "run each distinct prompt of a micro-batch once; same numbers, less work")
     temperature: float = option(1.0, "of sampling, and of the logprobs that are trained")
     max_tokens: int = option(512, "longest completion of one turn, in tokens")
-    max_concurrent: int = option(512, "rollouts in flight at once")
+    max_concurrent: int = option(512, "rollouts in flight at once, at least rollouts_per_example")
     generation_timeout: float = option(600.0, "seconds until a request for a completion fails")
     env_id: str = option("shapes-env", "verifiers environment: any installed one")
     env_args: dict | str | None = option(None, "its arguments, as JSON")  # a dict in Python
@@ -112,7 +112,7 @@ class MultimodalRLConfig:
     )
     on_mismatch: Literal["warn", "error"] = option("warn", "what a larger one is: a warning that names the usual causes, or the end")
     bf16: bool = option(False, "run the forward passes in bfloat16 autocast; weights and optimizer stay as they are")
-    seed: int = option(0, "of prompts' order and of sampling (and of the weights, where they are made here)")
+    seed: int = option(0, "of the prompts' order and of sampling in this process (and of the weights, where they are made here)")
     log_every_steps: int = option(1, "steps between lines of metrics.jsonl")
 
     def __post_init__(self) -> None:
@@ -136,7 +136,7 @@ class MultimodalRLConfig:
                 rule(f.name, False, f"must be {'a whole number' if kind is int else 'a number'}")
         for name in ("learning_rate", "temperature", "generation_timeout", "vllm_server_timeout", "max_grad_norm"):
             rule(name, 0 < getattr(self, name) < math.inf, "must be above 0 and finite")
-        for name in ("updates_per_batch", "micro_batch_size", "max_tokens", "max_concurrent", "log_every_steps"):
+        for name in ("updates_per_batch", "micro_batch_size", "max_tokens", "log_every_steps"):
             rule(name, getattr(self, name) >= 1, "must be at least 1")
         for name in ("weight_decay", "max_steps", "eval_examples", "sync_to_vllm_every", "clip_high", "beta", "mask_ratio_low"):
             rule(name, getattr(self, name) >= 0, "must not be negative")
@@ -146,6 +146,7 @@ class MultimodalRLConfig:
         rule("rollouts_per_example", G >= 2, "must be at least 2: a group of one has no mean to compare with")
         rule("rollouts_per_step", self.rollouts_per_step >= G, f"must be at least rollouts_per_example={G}")
         rule("rollouts_per_step", self.rollouts_per_step % G == 0, f"must be a multiple of rollouts_per_example={G}")
+        rule("max_concurrent", self.max_concurrent >= G, f"must be at least rollouts_per_example={G}: a group's rollouts start together")
         rule("clip_low", 0 <= self.clip_low < 1, "must be in [0, 1)")
         rule("mask_ratio_low", self.mask_ratio_low <= 1, "must be at most 1, or on-policy tokens would be dropped")
         rule("mask_ratio_high", self.mask_ratio_high >= 1, "must be at least 1, or on-policy tokens would be dropped")
@@ -642,7 +643,7 @@ class RolloutsAhead:
 
     examples: list[dict]
     outputs: Future[GenerateOutputs | None]  # None: the server was lost on the way
-    synced_at: int  # steps that their policy has seen
+    synced_at: int | None  # steps that their policy has seen
 
 
 class MultimodalGRPOTrainer:
@@ -680,12 +681,10 @@ class MultimodalGRPOTrainer:
         self.loop = asyncio.new_event_loop()  # one for the trainer's life: the client is bound to the loop it first ran in
         self.prompts_taken = 0
         self.steps_done = 0
-        self.synced_at = 0  # steps that the server's weights have seen
+        self.synced_at: int | None = None  # steps that the server's weights have seen; None: it has none from here
         self.lag = 0  # steps that the rollouts in training lie behind
         self.running: RolloutsAhead | None = None  # with async_rollouts
         self.background = ThreadPoolExecutor(max_workers=1)
-        if config.sync_to_vllm_every:
-            self.sync()  # the server may have started from other weights
 
     def set_environment(self, id_or_env: str | vf.Environment, **env_args) -> None:
         """Train on this verifiers environment: an installed one's id with its arguments, or the environment itself."""
@@ -720,25 +719,27 @@ class MultimodalGRPOTrainer:
         }
 
     def collect(self) -> GenerateOutputs:
-        """Roll out the next prompts, G completions each.
-
-        With `async_rollouts` they ran while the last step trained, and the next ones start now. The first ones after a
-        weight update are waited for, though: they show whether updates arrive (`_check_on_policy`).
-        """
-        config, ahead = self.config, self.running
+        """Roll out the next prompts, G completions each; with `async_rollouts` that ran while the last step trained."""
+        ahead, self.running = self.running, None
         examples = ahead.examples if ahead else self.next_examples()
-        outputs = ahead.outputs.result() if ahead else None
-        synced_at = ahead.synced_at if ahead else self.synced_at
+        outputs, policy = (ahead.outputs.result(), ahead.synced_at) if ahead else (None, None)
         if outputs is None:  # nothing ran ahead, or the server was lost under it
-            outputs, synced_at = self.rollout(examples, config.temperature), self.synced_at
-        self.lag = 0 if self.server.shares_weights else self.steps_done - synced_at
-        self.running = None
-        checked = self.synced_at > 0 or not config.sync_to_vllm_every
-        if config.async_rollouts and checked and self.steps_done + 1 < config.max_steps:
+            outputs, policy = self.rollout(examples, self.config.temperature), self.synced_at
+        self.lag = 0 if self.server.shares_weights else self.steps_done - (policy or 0)
+        if self.config.async_rollouts:
+            self._roll_out_ahead()
+        return with_reward(outputs, self.config.primary_reward_key)
+
+    def _roll_out_ahead(self) -> None:
+        """Start the next step's rollouts, if there is one.
+
+        Not before the first weight update: the rollouts that come after it must be on-policy, to see whether updates arrive.
+        """
+        updated = self.synced_at or not self.config.sync_to_vllm_every
+        if updated and self.steps_done + 1 < self.config.max_steps:
             examples = self.next_examples()
-            coming = self.background.submit(self._try_rollout, examples, config.temperature)
-            self.running = RolloutsAhead(examples, coming, self.synced_at)
-        return with_reward(outputs, config.primary_reward_key)
+            outputs = self.background.submit(self._try_rollout, examples, self.config.temperature)
+            self.running = RolloutsAhead(examples, outputs, self.synced_at)
 
     def sync(self) -> None:
         """Bring the server's weights up to date."""
@@ -759,6 +760,8 @@ class MultimodalGRPOTrainer:
 
     def rollout(self, examples: list[dict], temperature: float) -> GenerateOutputs:
         """Run the environment on these dataset rows. A server that is lost meanwhile is waited for, and they run again."""
+        if self.synced_at is None and self.config.sync_to_vllm_every:
+            self.sync()  # the server may have started from other weights
         for _ in range(ATTEMPTS):
             outputs = self._try_rollout(examples, temperature)
             if outputs is not None:
@@ -781,8 +784,7 @@ class MultimodalGRPOTrainer:
         }
         if len(self.adapter.placeholder_ids):
             sampling["logit_bias"] = {str(i): PLACEHOLDER_BIAS for i in self.adapter.placeholder_ids}
-        # generate() counts groups in flight, not rollouts
-        groups = max(1, self.config.max_concurrent // self.config.rollouts_per_example)
+        groups = self.config.max_concurrent // self.config.rollouts_per_example  # generate() counts groups, not rollouts
         run = self._environment().generate(
             examples,
             client=ChatClient(self.server.client),
@@ -797,7 +799,6 @@ class MultimodalGRPOTrainer:
         with self._autocast():
             outputs = self.loop.run_until_complete(run)
         return outputs if self.server.up_to_date() else None
-
 
     def update(self, batch: MultimodalBatch) -> dict[str, float]:
         """Train on one batch: `updates_per_batch` optimizer steps. Returns the metrics of the first and last of them."""
@@ -929,8 +930,9 @@ class MultimodalGRPOTrainer:
 
     def _check_on_policy(self, metrics: dict[str, float]) -> None:
         """Rollouts of the current policy must have the trainer's own logprobs, as far as the forwards' precision goes."""
-        exact = self.server.dtype == torch.float32 and not self.config.bf16
-        threshold = self.config.mismatch_threshold or (1e-3 if exact else 0.1)
+        threshold = self.config.mismatch_threshold
+        if threshold is None:
+            threshold = 1e-3 if self.server.dtype == torch.float32 and not self.config.bf16 else 0.1
         difference = metrics["logprob_difference"]
         if difference <= threshold:
             return
@@ -1029,6 +1031,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parameters = sum(p.numel() for p in model.parameters())
     print(f"{type(model).__name__}, {parameters / 1e6:.2f} M parameters, on {next(model.parameters()).device}")
     trainer = MultimodalGRPOTrainer(model=model, tokenizer=tokenizer, adapter=adapter, config=config)
+    print(f"rollouts {trainer.server}")
     trainer.set_environment(config.env_id, **config.env_args)
     trainer.train()
 

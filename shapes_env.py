@@ -6,6 +6,8 @@ examples come from disjoint random streams. The answer has the form `red circle`
 
     env = verifiers.load_environment("shapes-env", num_train_examples=512, images_per_prompt=2)
 
+`turns=2` goes on after the first reply: a second question brings another picture and asks for that one's colour and shape.
+
 `blind=True` replaces every picture by the same grey one and leaves all else as it is: what a policy still scores then,
 it scores without looking (the control of the experiment).
 """
@@ -16,6 +18,8 @@ import base64
 import io
 import math
 import random
+from itertools import zip_longest
+from statistics import fmean
 
 import verifiers as vf
 from datasets import Dataset
@@ -27,6 +31,7 @@ QUESTIONS = {
     1: "Which colour and which shape do you see ?",
     2: "Name the colour of the first picture and the shape of the second picture .",
 }
+NEXT_QUESTION = "Which colour and which shape do you see now ?"  # of the second turn, about one picture more
 OVERSAMPLING = 4  # pictures are drawn larger and scaled down: smooth edges
 
 
@@ -60,39 +65,69 @@ def png_data_uri(image: Image.Image) -> str:
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def make_example(rng: random.Random, image_size: int, images_per_prompt: int, blind: bool) -> dict:
-    """One row of the dataset: `prompt` (chat messages with image_url parts) and `answer` (`"red circle"`)."""
-    things = [(rng.choice(list(COLOURS)), rng.choice(SHAPES)) for _ in range(images_per_prompt)]
+def draw_pictures(rng: random.Random, image_size: int, count: int, blind: bool) -> tuple[list[str], str]:
+    """The URIs of this many pictures, and the answer to the question about them (`"red circle"`)."""
+    things = [(rng.choice(list(COLOURS)), rng.choice(SHAPES)) for _ in range(count)]
     images = [draw_shape(colour, shape, image_size, rng) for colour, shape in things]
     if blind:
         images = [Image.new("RGB", (image_size, image_size), (128, 128, 128)) for _ in images]
-    content = [{"type": "image_url", "image_url": {"url": png_data_uri(image)}} for image in images]
-    content.append({"type": "text", "text": QUESTIONS[images_per_prompt]})
     # with two pictures the colour is the first one's and the shape the second one's: neither picture is enough
-    return {"prompt": [{"role": "user", "content": content}], "answer": f"{things[0][0]} {things[-1][1]}"}
+    return [png_data_uri(image) for image in images], f"{things[0][0]} {things[-1][1]}"
+
+
+def ask(urls: list[str], question: str) -> list[dict]:
+    """Chat messages: one of the user, with the pictures in front of the question."""
+    content = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
+    return [{"role": "user", "content": [*content, {"type": "text", "text": question}]}]
+
+
+def make_example(rng: random.Random, image_size: int, images_per_prompt: int, blind: bool, turns: int) -> dict:
+    """One row of the dataset: `prompt` (the chat messages of the first turn) and `answer` (a line for each turn). With
+    two turns also `info`: the URI of the picture that the second one brings."""
+    urls, answer = draw_pictures(rng, image_size, images_per_prompt, blind)
+    example = {"prompt": ask(urls, QUESTIONS[images_per_prompt]), "answer": answer}
+    if turns == 1:
+        return example
+    (next_url,), next_answer = draw_pictures(rng, image_size, 1, blind)
+    return {**example, "answer": f"{answer}\n{next_answer}", "info": {"next_picture": next_url}}
 
 
 def make_rubric() -> vf.Rubric:
-    """Partial credit: 0.4 for the colour, 0.4 for the shape, 0.2 for the form; `exact` is a metric and has no weight."""
+    """Partial credit: 0.4 for the colour, 0.4 for the shape, 0.2 for the form; `exact` is a metric and has no weight.
+
+    Each is the mean over the turns, so that what is chance for one turn is chance for two: `exact` is 1 where every reply
+    is exact, 0.5 where one of two is. A turn without a reply counts 0.
+    """
     parser = vf.Parser(extract_fn=lambda text: text.split())
 
-    def colour(completion, answer, parser) -> float:
-        words = parser.parse_answer(completion) or []
-        return float(words[:1] == answer.split()[:1])
+    def turns(completion, answer) -> list[tuple[list[str], list[str]]]:
+        """(words of the reply, words of the answer) of each turn."""
+        replies = [parser.parse_answer([message]) for message in parser.get_assistant_messages(completion)]
+        return list(zip_longest(replies, (line.split() for line in answer.splitlines()), fillvalue=[]))
 
-    def shape(completion, answer, parser) -> float:
-        words = parser.parse_answer(completion) or []
-        return float(words[1:2] == answer.split()[1:])
+    def colour(completion, answer) -> float:
+        return fmean(words[:1] == right[:1] for words, right in turns(completion, answer))
 
-    def form(completion, parser) -> float:
-        words = parser.parse_answer(completion) or []
-        good = [words[:1] != [] and words[0] in COLOURS, words[1:2] != [] and words[1] in SHAPES, len(words) == 2]
-        return sum(good) / len(good)
+    def shape(completion, answer) -> float:
+        return fmean(words[1:2] == right[1:] for words, right in turns(completion, answer))
 
-    def exact(completion, answer, parser) -> float:
-        return float((parser.parse_answer(completion) or []) == answer.split())
+    def form(completion, answer) -> float:
+        return fmean(
+            fmean([words[:1] != [] and words[0] in COLOURS, words[1:2] != [] and words[1] in SHAPES, len(words) == 2])
+            for words, _ in turns(completion, answer)
+        )
+
+    def exact(completion, answer) -> float:
+        return fmean(words == right for words, right in turns(completion, answer))
 
     return vf.Rubric(funcs=[colour, shape, form, exact], weights=[0.4, 0.4, 0.2, 0.0], parser=parser)
+
+
+class ShapesEnv(vf.MultiTurnEnv):
+    """Asks about the pictures of the prompt; with `max_turns=2` about one more, after the first reply."""
+
+    async def env_response(self, messages, state, **kwargs) -> list[dict]:
+        return ask([state["info"]["next_picture"]], NEXT_QUESTION)
 
 
 def load_environment(
@@ -102,7 +137,8 @@ def load_environment(
     images_per_prompt: int = 1,
     blind: bool = False,
     seed: int = 0,
-) -> vf.SingleTurnEnv:
+    turns: int = 1,
+) -> vf.MultiTurnEnv:
     """The environment, as `verifiers.load_environment("shapes-env", ...)` makes it.
 
     Args:
@@ -111,6 +147,8 @@ def load_environment(
         images_per_prompt: 1, or 2 with a question that needs both pictures.
         blind: every picture is the same grey (see above).
         seed: of the data; train and eval pictures differ for every seed.
+        turns: 1, or 2 with a new picture and a second question after the first reply. The first turn's pictures do not
+            depend on it.
     """
     for name, value, least in (
         ("num_train_examples", num_train_examples, 1),
@@ -121,17 +159,20 @@ def load_environment(
             raise ValueError(f"{name}={value!r}: must be a whole number, at least {least}")
     if images_per_prompt not in QUESTIONS:
         raise ValueError(f"images_per_prompt={images_per_prompt!r}: must be one of {list(QUESTIONS)}")
+    if turns not in (1, 2):
+        raise ValueError(f"turns={turns!r}: must be 1 or 2")
 
     def rows(split: str, count: int) -> Dataset:
         return Dataset.from_list([
-            make_example(random.Random(f"shapes {seed} {split} {i}"), image_size, images_per_prompt, blind)
+            make_example(random.Random(f"shapes {seed} {split} {i}"), image_size, images_per_prompt, blind, turns)
             for i in range(count)
         ])
 
     rubric = make_rubric()
-    return vf.SingleTurnEnv(
+    return ShapesEnv(
         dataset=rows("train", num_train_examples),
         eval_dataset=rows("eval", num_eval_examples),
         parser=rubric.parser,
         rubric=rubric,
+        max_turns=turns,
     )

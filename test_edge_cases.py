@@ -436,7 +436,8 @@ def test_an_update_does_not_modify_its_batch():
 IMPOSSIBLE = {
     **dict.fromkeys(("learning_rate", "temperature", "max_grad_norm"), (0.0, -1.0, INF, NAN)),
     **dict.fromkeys(("generation_timeout", "vllm_server_timeout"), (0.0, -1.0, INF, NAN)),
-    **dict.fromkeys(("updates_per_batch", "micro_batch_size", "max_tokens", "max_concurrent", "log_every_steps"), (0, -1)),
+    **dict.fromkeys(("updates_per_batch", "micro_batch_size", "max_tokens", "log_every_steps"), (0, -1)),
+    "max_concurrent": (0, -1, 7),  # of a group's 8 rollouts
     **dict.fromkeys(("max_steps", "eval_examples", "sync_to_vllm_every"), (-1,)),
     **dict.fromkeys(("weight_decay", "clip_high", "beta"), (-0.1, NAN)),
     "rollouts_per_example": (1, 0), "rollouts_per_step": (0, 4, 12), "clip_low": (-0.1, 1.0, NAN), "mask_ratio_low": (-0.1, 1.1, NAN),

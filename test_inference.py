@@ -401,6 +401,56 @@ def test_a_blind_environment_shows_one_grey_picture_and_is_the_same_else():
     assert blind.get_dataset()["answer"] == seeing.get_dataset()["answer"] and len(set(blind.get_dataset()["answer"])) > 6
 
 
+def next_question(env, row):
+    """(URL of the picture, text) of what the environment asks after the first reply to this row."""
+    (question,) = asyncio.run(env.env_response(row["prompt"], row))
+    shown, asked = question["content"]
+    return shown["image_url"]["url"], asked["text"]
+
+
+@pytest.mark.parametrize(("seed", "images_per_prompt"), [(0, 1), (1, 1), (2, 2)])
+def test_the_second_question_brings_another_picture_and_the_answers_second_line_is_what_it_shows(seed, images_per_prompt):
+    arguments = dict(turns=2, seed=seed, images_per_prompt=images_per_prompt, num_train_examples=12, num_eval_examples=12)
+    env, again = shapes(**arguments), shapes(**arguments)
+    rows = [*env.get_dataset(), *env.get_eval_dataset()]
+    pictures = []
+    for row in rows:
+        first, (url, asked) = [look(shown) for shown in urls(row)], next_question(env, row)
+        assert row["answer"].splitlines() == [f"{first[0][0]} {first[-1][1]}", " ".join(look(url))] and asked.endswith("see now ?")
+        pictures += [*urls(row), url]
+    assert len(set(pictures)) == len(pictures) == 24 * (images_per_prompt + 1)
+    lines = [row["answer"].splitlines() for row in rows]
+    assert sum(first == second for first, second in lines) < 8  # 2 by chance: the first answer says nothing of the second
+    assert [*again.get_dataset(), *again.get_eval_dataset()] == rows
+
+
+@pytest.mark.parametrize("images_per_prompt", [1, 2])
+def test_the_first_turn_is_the_same_whether_another_follows_or_not(images_per_prompt):
+    """Else a run of one turn and one of two could not be compared. A row of one turn has no column that it does not need."""
+    one, two = (shapes(turns=turns, images_per_prompt=images_per_prompt).get_dataset() for turns in (1, 2))
+    assert two["prompt"] == one["prompt"] and [answer.splitlines()[0] for answer in two["answer"]] == one["answer"][:]
+    assert set(one.column_names) == {"prompt", "answer", "example_id"}
+
+
+def test_a_blind_environment_of_two_turns_shows_the_same_grey_in_both():
+    seeing, blind = shapes(turns=2), shapes(turns=2, blind=True)
+    shown = {url for row in blind.get_dataset() for url in (*urls(row), next_question(blind, row)[0])}
+    assert shown == set(urls(shapes(blind=True).get_dataset()[0]))
+    assert blind.get_dataset()["answer"] == seeing.get_dataset()["answer"]
+
+
+@pytest.mark.parametrize("images_per_prompt", [1, 2])
+def test_the_tiny_checkpoints_know_every_word_of_both_questions(tiny, images_per_prompt):
+    """An unknown word comes back as `<unk>`, and what a policy cannot read it cannot be asked."""
+    env = shapes(turns=2, images_per_prompt=images_per_prompt)
+    row, (_, adapter) = env.get_dataset()[0], tiny
+    url, asked = next_question(env, row)
+    words = [{"role": "assistant", "content": row["answer"]}, *message({"type": "image_url", "image_url": {"url": url}}, asked)]
+    parts = [{name: value for name, value in part.items() if value is not None} for part in row["prompt"][0]["content"]]
+    prompt = adapter.encode_prompt([{"role": "user", "content": parts}, *words])
+    assert adapter.tokenizer.unk_token_id not in prompt.ids and len(prompt.images) == images_per_prompt + 1
+
+
 @pytest.mark.parametrize(
     ("content", "colour", "shape", "form", "exact"),
     [
@@ -420,9 +470,34 @@ def test_the_rubric_gives_partial_credit_for_colour_shape_and_form(content, colo
 
 
 @pytest.mark.parametrize(
+    ("replies", "colour", "shape", "form", "exact"),
+    [
+        (["red circle", "blue square"], 1, 1, 1, 1), (["red circle", "blue circle"], 1, 1 / 2, 1, 1 / 2),
+        (["red circle", "red circle"], 1 / 2, 1 / 2, 1, 1 / 2),  # the second picture not looked at
+        (["blue square", "red circle"], 0, 0, 1, 0),  # each the answer to the other question
+        (["red", "blue square"], 1, 1 / 2, 2 / 3, 1 / 2), (["red square", "blue circle"], 1, 0, 1, 0),
+        (["red circle"], 1 / 2, 1 / 2, 1 / 2, 1 / 2), (["blue square"], 0, 0, 1 / 2, 0),  # no second reply
+        (["red circle", ""], 1 / 2, 1 / 2, 1 / 2, 1 / 2), (["", "blue square"], 1 / 2, 1 / 2, 1 / 2, 1 / 2),
+        ([None, "a"], 0, 0, 0, 0), (["red circle blue square", ""], 1 / 2, 1 / 2, 1 / 3, 0), ([], 0, 0, 0, 0),
+    ],
+)  # fmt: skip
+def test_the_rubric_of_two_turns_is_the_mean_of_both_and_a_missing_reply_earns_nothing(replies, colour, shape, form, exact):
+    """What the user says in between, here the second answer itself, is nobody's reply."""
+    rubric, state = make_rubric(), {"prompt": message("?"), "answer": "red circle\nblue square", "trajectory": []}
+    said = [{"role": "assistant", "content": reply} for reply in replies]
+    state["completion"] = said[:1] + message(picture(2), "blue square") + said[1:]
+    asyncio.run(rubric.score_group([state]))
+    assert state["metrics"] == pytest.approx({"colour": colour, "shape": shape, "form": form, "exact": exact})
+    assert state["reward"] == pytest.approx(0.4 * colour + 0.4 * shape + 0.2 * form)
+
+
+@pytest.mark.parametrize(
     ("name", "value"),
-    [("num_train_examples", 0), ("num_eval_examples", -1), ("image_size", 7), ("image_size", 56.0), ("images_per_prompt", 3)],
-)
+    [
+        ("num_train_examples", 0), ("num_eval_examples", -1), ("image_size", 7), ("image_size", 56.0), ("images_per_prompt", 3),
+        ("turns", 0), ("turns", 3), ("turns", "2"),
+    ],
+)  # fmt: skip
 def test_an_impossible_argument_of_the_environment_is_refused_by_name(name, value):
     with pytest.raises(Exception, match=f"{name}={value!r}: must be"):
         shapes(**{name: value})

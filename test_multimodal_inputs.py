@@ -8,9 +8,11 @@ model takes (grayscale, audio, ...) goes to a small `nn.Module` of this file, in
 """
 
 import base64
+import copy
 import io
 import re
 import struct
+from collections import Counter
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 
@@ -31,12 +33,14 @@ from mm_grpo import (
     MultimodalRLConfig,
     group_advantages,
     grpo_loss,
+    rollout_metrics,
     score,
     shared_prefixes,
     take_spans,
     token_weights,
 )
 from shapes_env import png_data_uri
+from tiny_vlm import FAMILIES
 
 # Logprobs here are about -4, where float32 numbers lie 5e-7 apart, and batched matrix products sum in another order than
 # unbatched ones: 1.2e-6 was the most seen in 500 draws. Another picture moves them by more than 1e-3 (tested below).
@@ -110,6 +114,10 @@ def build(adapter, samples, spoil=None):
     if spoil:
         spoil(rollouts)
     return adapter.build_batch({"outputs": rollouts, "metadata": {}})
+
+
+def with_pixel_gradient(batch):
+    return replace(batch, pixel_values=batch.pixel_values.clone().requires_grad_())
 
 
 def sampled(batch, values):
@@ -409,11 +417,98 @@ def test_a_rollout_that_sampled_a_placeholder_is_dropped_and_the_others_keep_the
     assert_rows_equal_plain(model, adapter, batch, [TWO, (), TALL])
 
 
+# ---------------------------------------------------------------- conversations: a new picture in the second turn
+
+
+@pytest.fixture(scope="module", params=[(family, count) for family in FAMILIES for count in (1, 2)], ids=str)
+def conversations(request):
+    """(trainer, outputs, batch) of 32 rollouts of two turns, with one or two pictures in the first; tests must leave the
+    weights as they are. The stop token is likelier than they say: some replies end with it, others are cut off."""
+    family, images_per_prompt = request.param
+    model, adapter = make_tiny(family)
+    head = nn.Linear(*model.lm_head.weight.T.shape)
+    head.weight.data.copy_(model.lm_head.weight)
+    head.bias.data.zero_()[adapter.tokenizer.eos_token_id] = 2.5
+    model.lm_head = head
+    config = MultimodalRLConfig(rollouts_per_step=32, rollouts_per_example=4, micro_batch_size=3, max_tokens=3)
+    trainer = MultimodalGRPOTrainer(model, adapter.tokenizer, adapter, config)
+    trainer.set_environment("shapes-env", turns=2, images_per_prompt=images_per_prompt, num_train_examples=8, num_eval_examples=1)
+    outputs = trainer.collect()
+    return trainer, outputs, adapter.build_batch(outputs)
+
+
+def pictures_of(trainer, example_id):
+    """What the adapter makes of the pictures of the first question and of the second, as the dataset has them."""
+    row = trainer.env.get_dataset()[example_id]
+    first = [part["image_url"]["url"] for part in row["prompt"][0]["content"] if part["type"] == "image_url"]
+    return [[trainer.adapter.image_input(load_image(url)) for url in urls] for urls in (first, [row["info"]["next_picture"]])]
+
+
+def test_a_conversation_is_one_row_with_all_its_pictures_where_its_ids_go_on_and_two_rows_where_not(conversations):
+    """The second prompt holds the first reply's text. Special tokens are left out of a text, so a reply with one of them
+    before its end comes back as other ids than were sampled; every other reply must go on in its row."""
+    trainer, outputs, batch = conversations
+    adapter, kinds = trainer.adapter, Counter()
+    for i, rollout in enumerate(outputs["outputs"]):
+        one, two = pictures_of(trainer, rollout["example_id"])
+        features = [sum(picture.num_tokens for picture in pictures) for pictures in (one, two)]
+        (prompt, reply), (later_prompt, later_reply) = (
+            (turn["tokens"]["prompt_ids"], turn["tokens"]["completion_ids"]) for turn in rollout["trajectory"]
+        )
+        assert prompt.count(adapter.image_token_id) == features[0]
+        assert later_prompt[len(prompt) :].count(adapter.image_token_id) == features[1]  # between the replies
+        stopped = reply[-1] == adapter.tokenizer.eos_token_id
+        goes_on = not set(reply[: len(reply) - stopped]) & set(adapter.tokenizer.all_special_ids)
+        kinds["split" if not goes_on else "on from a stop" if stopped else "on from a cut"] += 1
+
+        first = [*range(len(prompt), len(prompt) + len(reply))]  # where the sampled tokens stand
+        second = [*range(len(later_prompt), len(later_prompt) + len(later_reply))]
+        whole = (later_prompt + later_reply, first * goes_on + second, one + two)
+        expected = [whole] if goes_on else [(prompt + reply, first, one), whole]
+        rows = (batch.rollout_ids == i).nonzero().flatten().tolist()
+        assert len(rows) == len(expected)
+        for row, (ids, trained, pictures) in zip(rows, expected):
+            assert batch.input_ids[row][batch.attention_mask[row] == 1].tolist() == ids
+            assert batch.loss_mask[row].nonzero().flatten().tolist() == trained
+            for name, spans in batch.media_spans.items():
+                own = torch.cat([picture.tensors[name] for picture in pictures])
+                assert torch.equal(batch.media[name][slice(*spans[row].tolist())], own)
+    assert len(kinds) == 3 and min(kinds.values()) > 1, kinds  # or this would prove little
+    metrics = rollout_metrics(outputs, batch)
+    assert metrics["rollouts_dropped"] == 0 and metrics["num_turns"] == 2
+
+
+def test_both_turns_of_a_conversation_are_on_policy(conversations):
+    """The server saw each turn by itself, behind a cache; the trainer scores both at once, in one row or in two."""
+    trainer, outputs, batch = conversations
+    with torch.no_grad():
+        logprobs, _ = trainer.score(trainer.model, batch, None)
+    trained = batch.loss_mask[:, 1:] == 1
+    # float32 sums in another order, off by some 1e-6; another picture moves logprobs by more than 1e-3 (tested above)
+    torch.testing.assert_close(logprobs[trained], batch.behavior_logprobs[:, 1:][trained], rtol=0, atol=1e-4)
+    said = [value for rollout in outputs["outputs"] for turn in rollout["trajectory"] for value in turn["tokens"]["completion_logprobs"]]
+    assert sorted(batch.behavior_logprobs[:, 1:][trained].tolist()) == pytest.approx(sorted(said), rel=1e-6)  # each once, as float32
+    other = MultimodalGRPOTrainer(copy.deepcopy(trainer.model), trainer.tokenizer, trainer.adapter, trainer.config)
+    metrics = other.update(batch)
+    assert 1 - 1e-4 <= metrics["ratio_min"] <= metrics["ratio_max"] <= 1 + 1e-4 and metrics["trained_tokens"] == len(said)
+
+
+def test_the_first_reply_hears_of_the_first_pictures_alone_and_the_second_reply_of_all(conversations):
+    trainer, outputs, batch = conversations
+    batch = with_pixel_gradient(batch)
+    i = next(i for i, rows in Counter(batch.rollout_ids.tolist()).items() if rows == 1)  # one whose row goes on
+    row, rollout = batch.rollout_ids.tolist().index(i), outputs["outputs"][i]
+    one, two = (sum(len(p.tensors["pixel_values"]) for p in own) for own in pictures_of(trainer, rollout["example_id"]))
+    start, stop = batch.media_spans["pixel_values"][row].tolist()
+    assert stop - start == one + two
+    logprobs, _ = score(trainer.model, batch.select([row]))
+    replies = [turn["tokens"]["completion_ids"] for turn in rollout["trajectory"]]
+    for of_reply, end in zip(logprobs[batch.loss_mask[[row], 1:] == 1].split([len(reply) for reply in replies]), (start + one, stop)):
+        (gradient,) = torch.autograd.grad(of_reply.sum(), batch.pixel_values, retain_graph=True)
+        assert (gradient.flatten(1).abs().sum(-1) > 0).nonzero().flatten().tolist() == list(range(start, end))
+
+
 # ---------------------------------------------------------------- the gradient back to the pixels
-
-
-def with_pixel_gradient(batch):
-    return replace(batch, pixel_values=batch.pixel_values.clone().requires_grad_())
 
 
 @pytest.mark.parametrize("share", [False, True])

@@ -168,7 +168,7 @@ def test_trainer_and_server_agree_on_every_token_before_training_and_after_each_
 
 def test_a_server_that_gets_no_updates_falls_behind_and_one_that_gets_them_does_not(servers, folder):
     """The control of the test above: it can fail."""
-    make_trainer("qwen", servers("qwen"), **folder)  # gives the server its weights
+    make_trainer("qwen", servers("qwen"), **folder).sync()  # gives the server its weights
     behind = make_trainer("qwen", servers("qwen"), sync_to_vllm_every=0, **folder)
     metrics = [behind.step() for _ in range(3)]
     assert differences(metrics[0]) < CLOSE < 0.01 < differences(metrics[2])
@@ -202,6 +202,15 @@ def test_the_weights_file_is_replaced_whole_under_the_folder_that_is_named(serve
     assert sorted(path.name for path in shared.iterdir()) == ["notes.txt", "policy"]  # what else is there is left alone
     assert [path.name for path in (shared / "policy").iterdir()] == ["model.safetensors"]
     assert not Path(trainer.config.output_dir).exists()
+
+
+def test_a_folder_that_holds_an_earlier_run_gets_no_weights_either(servers, folder):
+    run = Path(folder["output_dir"])
+    run.mkdir()
+    (run / "metrics.jsonl").write_text("")
+    with pytest.raises(FileExistsError, match="holds an earlier run"):
+        make_trainer("qwen", servers("qwen"), **folder).train()
+    assert os.listdir(run) == ["metrics.jsonl"]
 
 
 def test_no_more_rollouts_are_in_flight_than_allowed(servers, folder, monkeypatch):
