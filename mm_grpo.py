@@ -19,6 +19,7 @@ Run it:
     python mm_grpo.py --adapter qwen                          # tiny Qwen2-VL, random weights, learns to see on a CPU
     python mm_grpo.py --adapter llava --seed 1                # the same with LLaVA
     python mm_grpo.py --adapter qwen --env_args '{"blind": true}'   # the control: nothing to see, nothing learned
+    python mm_grpo.py --adapter qwen --vllm_server_host 127.0.0.1   # rollouts by a vLLM server; the README starts one
     python mm_grpo.py --help                                  # every field of the config
 
 Dimensions: B rows (sequences), L sequence length, T = L - 1 predicted tokens, G group size (completions of one prompt),
