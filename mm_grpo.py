@@ -648,7 +648,7 @@ class RolloutsAhead:
 
 
 class MultimodalGRPOTrainer:
-    """Synchronous GRPO: collect rollouts, build the batch, update the policy, bring the server up to date.
+    """GRPO: collect rollouts, build the batch, update the policy, bring the server up to date; over and over.
 
     Args:
         model: the policy, on its device; a Transformers model, or any module that `score` can call.
