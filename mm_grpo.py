@@ -866,6 +866,8 @@ class MultimodalGRPOTrainer:
 
     def evaluate(self) -> dict[str, float]:
         """Greedy rollouts of the first `eval_examples` evaluation examples: mean reward and mean of each metric."""
+        if self.config.sync_to_vllm_every and self.synced_at != self.steps_done:
+            self.sync()  # the policy of now, also between two weight updates
         examples = self._environment().get_eval_dataset(n=self.config.eval_examples or -1)
         outputs = with_reward(self.rollout(examples.to_list(), temperature=0.0), self.config.primary_reward_key)
         return reward_metrics(outputs)

@@ -128,7 +128,7 @@ def make_trainer(family, server=None, tied=False, seed=0, env_args=None, **setti
         model.config.tie_word_embeddings = model.config.text_config.tie_word_embeddings = True
         model.lm_head.weight = model.model.language_model.embed_tokens.weight
     if server is not None:
-        settings = {"vllm_server_host": server.host, "vllm_server_port": server.port, "vllm_server_timeout": 60.0, **settings}
+        settings = {"vllm_server_host": server.host, "vllm_server_port": server.port, **settings}
     small = dict(learning_rate=1e-3, rollouts_per_step=32, rollouts_per_example=4, max_tokens=4, max_steps=8, eval_examples=0)
     trainer = MultimodalGRPOTrainer(model, adapter.tokenizer, adapter, MultimodalRLConfig(**{**small, **settings}))
     # few prompts: every step shows pictures that the server's caches have seen under the weights before
@@ -180,6 +180,14 @@ def test_updates_come_every_so_many_steps_and_lag_counts_the_steps_between(serve
     metrics = [trainer.step() for _ in range(5)]
     assert [step["lag"] for step in metrics] == [0, 1, 0, 1, 0]
     assert [differences(step) < CLOSE for step in metrics] == [True, False, True, False, True]
+
+
+def test_an_evaluation_is_of_the_newest_policy(servers, folder):
+    trainer = make_trainer("qwen", servers("qwen"), sync_to_vllm_every=3, eval_examples=4, **folder)
+    trainer.step()
+    trainer.evaluate()
+    metrics = trainer.step()  # of the weights that the evaluation brought
+    assert metrics["lag"] == 0 and differences(metrics) < CLOSE
 
 
 def test_a_policy_that_longs_for_placeholders_never_samples_one_from_vllm_either(servers, folder):
@@ -299,7 +307,7 @@ def test_an_update_that_fails_says_what_the_server_said_and_leaves_it_running(se
 
 
 def test_a_request_that_takes_too_long_fails_alone_and_is_not_taken_for_a_lost_server(servers, folder):
-    trainer = make_trainer("qwen", servers("qwen"), generation_timeout=0.01, **folder)
+    trainer = make_trainer("qwen", servers("qwen"), generation_timeout=0.001, **folder)
     with pytest.raises(ValueError, match="no rollout can be trained on .32 came.*APITimeoutError"):
         trainer.step()
 
@@ -508,3 +516,17 @@ def test_a_server_killed_for_good_ends_the_run_within_the_timeout_and_the_checkp
     assert [json.loads(line)["step"] for line in lines] == [1, 2, 3]
     loaded = AutoModelForImageTextToText.from_pretrained(Path(trainer.config.output_dir) / "checkpoint").state_dict()
     assert all(torch.equal(tensor, loaded[name]) for name, tensor in trainer.model.state_dict().items())
+
+
+def test_a_server_that_hangs_ends_a_weight_update_within_the_timeouts(servers, folder):
+    server = servers("qwen")
+    if not hasattr(server, "process"):
+        pytest.skip("cannot stop a server that was started elsewhere")
+    trainer = make_trainer("qwen", server, **folder)
+    trainer.server.timeout, trainer.server.http.timeout = 2.0, 2.0  # not at the start: the first answers take longer
+    os.killpg(server.process.pid, signal.SIGSTOP)
+    started = time.monotonic()
+    with pytest.warns(UserWarning, match="/resume: no answer within vllm_server_timeout=2 s"), pytest.raises(TimeoutError, match="2 s"):
+        trainer.sync()
+    assert time.monotonic() - started < 30  # the pause, the resume, and /health until the time to wait is over
+    server.kill()
