@@ -114,8 +114,10 @@ def test_the_same_seed_gives_the_same_metrics():
         steps = [trainer.step() for _ in range(3)]
         return [{name: value for name, value in step.items() if not name.startswith("seconds")} for step in steps]
 
-    assert metrics(0) == metrics(0)
-    assert metrics(0) != metrics(1)
+    # the same completions; but a group's requests may arrive in another order, and float32 sums of them differ by some 1e-7
+    first, again, other = metrics(0), metrics(0), metrics(1)
+    close = [pytest.approx(step, rel=1e-3, abs=1e-5) for step in first]
+    assert again == close and other != close
 
 
 def test_a_mismatch_is_a_warning_that_names_its_causes():
