@@ -7,25 +7,22 @@ the two agree. A family then says two things: the tensors of an image, and how m
 
 from __future__ import annotations
 
-import base64
-import binascii
-import contextlib
-import functools
-import io
+import hashlib
 import math
-import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from PIL import Image, ImageOps
-from torch import Tensor
-from transformers import AutoConfig, AutoImageProcessor
+from PIL import Image
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
 
+from media import image_urls, load_image, message_parts
 from mm_grpo import MultimodalAdapter, MultimodalBatch
 
+PROCESSED_BYTES = 2**28  # of processed images that are kept: the server asks for them, then the batch
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Rollouts to rows, for every adapter
@@ -35,14 +32,14 @@ from mm_grpo import MultimodalAdapter, MultimodalBatch
 class Row:
     """One sequence to train on: the ids that the server saw and sampled, in order."""
 
-    ids: list[int]
-    loss_mask: list[int]  # 1 on sampled tokens
-    logprobs: list[float]  # the server's, 0 elsewhere
-    messages: list[Any]  # the prompt of its last turn: every image that the ids speak of
     reward: float
     group: int  # the example's id
     rollout: int  # index into outputs["outputs"]
-    is_truncated: bool
+    ids: list[int] = field(default_factory=list)
+    loss_mask: list[int] = field(default_factory=list)  # 1 on sampled tokens
+    logprobs: list[float] = field(default_factory=list)  # the server's, 0 elsewhere
+    messages: list[Any] = field(default_factory=list)  # the prompt of its last turn: it holds all images of these ids
+    is_truncated: bool = False
 
 
 def rollout_rows(outputs, placeholder_ids: Sequence[int] = ()) -> list[Row]:
@@ -62,23 +59,23 @@ def rollout_rows(outputs, placeholder_ids: Sequence[int] = ()) -> list[Row]:
         if reason:
             dropped.append(f"rollout {i} (example {rollout['example_id']}): {reason}")
             continue
-        first = len(rows)
+        row: Row | None = None
         for turn, step in enumerate(rollout["trajectory"]):
             tokens = step["tokens"]
             if tokens is None:
                 raise ValueError(
-                    f"rollout {i}, turn {turn}: tokens: the server sent no token ids or logprobs. The request must ask for "
-                    "return_token_ids and logprobs, and the server must know them (vLLM >= 0.10.2)"
+                    f"rollout {i}, turn {turn}: tokens: the server sent no token ids or logprobs. The request must ask "
+                    "for return_token_ids and logprobs, and the server must know them (vLLM >= 0.10.2)"
                 )
             prompt, sampled, logprobs = tokens["prompt_ids"], tokens["completion_ids"], tokens["completion_logprobs"]
             if len(sampled) != len(logprobs):
-                raise ValueError(f"rollout {i}, turn {turn}: completion_logprobs: expected {len(sampled)}, got {len(logprobs)}")
-            if len(rows) > first and prompt[: len(rows[-1].ids)] == rows[-1].ids:
-                row = rows[-1]
-                row.is_truncated |= bool(step["is_truncated"])
-            else:
-                row = Row([], [], [], [], float(rollout["reward"]), rollout["example_id"], i, bool(step["is_truncated"]))
+                raise ValueError(
+                    f"rollout {i}, turn {turn}: completion_logprobs: expected {len(sampled)}, got {len(logprobs)}"
+                )
+            if row is None or prompt[: len(row.ids)] != row.ids:
+                row = Row(reward=float(rollout["reward"]), group=rollout["example_id"], rollout=i)
                 rows.append(row)
+            row.is_truncated |= bool(step["is_truncated"])
             given = len(prompt) - len(row.ids)
             row.ids = [*prompt, *sampled]
             row.loss_mask += [0] * given + [1] * len(sampled)
@@ -87,7 +84,9 @@ def rollout_rows(outputs, placeholder_ids: Sequence[int] = ()) -> list[Row]:
     if dropped:
         warnings.warn(f"{len(dropped)} of {len(outputs['outputs'])} rollouts cannot be trained on. First: {dropped[0]}")
     if not rows:
-        raise ValueError(f"no rollout can be trained on ({len(dropped)} came). First: {dropped[0] if dropped else 'none came'}")
+        raise ValueError(
+            f"no rollout can be trained on ({len(dropped)} came). First: {dropped[0] if dropped else 'none came'}"
+        )
     return rows
 
 
@@ -96,7 +95,7 @@ def _why_unusable(rollout, placeholder_ids: Sequence[int]) -> str | None:
     if error:
         return f"error: {error.get('error_chain_repr', error) if isinstance(error, dict) else error}"
     if not rollout["trajectory"]:
-        return "nothing was sampled (prompt longer than the server's limit, or the environment stopped before the first turn)"
+        return "nothing was sampled (prompt longer than the server's limit, or the environment stopped before a turn)"
     if rollout["reward"] is None or not math.isfinite(rollout["reward"]):
         return f"reward={rollout['reward']}: must be finite; look at the environment's rubric"
     sampled = {i for step in rollout["trajectory"] if step["tokens"] for i in step["tokens"]["completion_ids"]}
@@ -130,60 +129,20 @@ def token_tensors(rows: Sequence[Row], pad_id: int = 0) -> dict[str, Tensor]:
     )
 
 
-def message_parts(messages: Sequence[Any]) -> list[tuple[str, list[dict]]]:
-    """(role, content parts) of each chat message, whether messages are dicts or verifiers' own objects."""
-
-    def plain(value: Any) -> Any:
-        return value.model_dump() if hasattr(value, "model_dump") else value
-
-    result = []
-    for message in map(plain, messages):
-        content = message.get("content") or ""
-        parts = [{"type": "text", "text": content}] if isinstance(content, str) else [plain(part) for part in content]
-        result.append((message["role"], parts))
-    return result
-
-
-def image_urls(messages: Sequence[Any]) -> list[str]:
-    """The URLs of the messages' images, in order."""
-    return [part["image_url"]["url"] for _, parts in message_parts(messages) for part in parts if part["type"] == "image_url"]
-
-
-def load_image(url: str) -> Image.Image:
-    """The image of a base64 `data:` URI, as RGB.
-
-    Turned as its EXIF data says and laid on white where it is transparent, as vLLM does it: trainer and server must see
-    the same pixels.
-
-    Raises:
-        ValueError: any other URL, or bytes that are no image.
-    """
-    header, comma, data = url.partition(",")
-    if not (comma and header.startswith("data:image/") and header.endswith(";base64")):
-        raise ValueError(f"image_url={url[:60]!r}: must be a data:image/...;base64 URI (files and web addresses are not read)")
-    try:
-        image = Image.open(io.BytesIO(base64.b64decode(data, validate=True)))
-        image.load()
-    except (binascii.Error, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"image_url={url[:60]!r}: cannot be read as an image ({error})") from None
-    with contextlib.suppress(Exception):  # a damaged EXIF block turns nothing
-        image = ImageOps.exif_transpose(image)
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Families with image placeholders
 
 
 @dataclass
-class ImageInput:
+class ProcessedImage:
     """One image as the model takes it."""
 
     tensors: dict[str, Tensor]  # by argument name of the forward, each with the image's rows along dim 0
     num_tokens: int  # placeholders that it fills
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors.values())
 
 
 @dataclass
@@ -191,7 +150,7 @@ class Prompt:
     """A chat prompt, encoded: placeholders expanded."""
 
     ids: list[int]
-    images: list[ImageInput] = field(default_factory=list)
+    images: list[ProcessedImage] = field(default_factory=list)
 
 
 class ImageAdapter(MultimodalAdapter):
@@ -212,14 +171,14 @@ class ImageAdapter(MultimodalAdapter):
         self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
         if self.image_token_id in (None, tokenizer.unk_token_id):
             raise ValueError(f"tokenizer: has no {self.image_token!r}; is this the right adapter for the checkpoint?")
-        # server and trainer ask for a step's images one after the other: the second time they are there
-        self.load_input = functools.lru_cache(maxsize=64)(lambda url: self.image_input(load_image(url)))
+        self.kept: dict[bytes, ProcessedImage] = {}  # by their URL's hash, the oldest first
+        self.kept_bytes = 0
         ids = (tokenizer.convert_tokens_to_ids(token) for token in self.placeholder_tokens)
         self.placeholder_ids = sorted(i for i in ids if i not in (None, tokenizer.unk_token_id))
 
     # -- what a family says
 
-    def image_input(self, image: Image.Image) -> ImageInput:
+    def process_image(self, image: Image.Image) -> ProcessedImage:
         """The tensors of one RGB image, and how many placeholders they fill."""
         raise NotImplementedError
 
@@ -229,17 +188,27 @@ class ImageAdapter(MultimodalAdapter):
 
     # -- rollouts to batch
 
+    def processed(self, url: str) -> ProcessedImage:
+        """The image of this URL; kept for a while: the server asks for a step's images, and then the trainer."""
+        key = hashlib.sha256(url.encode()).digest()
+        if key not in self.kept:
+            self.kept[key] = self.process_image(load_image(url))
+            self.kept_bytes += self.kept[key].nbytes
+            while self.kept_bytes > PROCESSED_BYTES and len(self.kept) > 1:
+                self.kept_bytes -= self.kept.pop(next(iter(self.kept))).nbytes
+        return self.kept[key]
+
     def build_batch(self, outputs) -> MultimodalBatch:
         rows = rollout_rows(outputs, self.placeholder_ids)
-        seen: dict[str, ImageInput] = {}  # rows of a group show the same images: store each once
-        images: list[list[ImageInput]] = []
+        seen: dict[str, ProcessedImage] = {}  # rows of a group show the same images: store each once
+        images_of_row: list[list[ProcessedImage]] = []
         for row in rows:
             urls = image_urls(row.messages)
-            seen |= {url: self.load_input(url) for url in urls if url not in seen}
-            images.append([seen[url] for url in urls])
-            self._check_placeholders(row, images[-1])
+            seen |= {url: self.processed(url) for url in urls if url not in seen}
+            images_of_row.append([seen[url] for url in urls])
+            self._check_placeholders(row, images_of_row[-1])
         tensors = token_tensors(rows, self.tokenizer.pad_token_id or 0)
-        media, spans = pack_images(images)
+        media, spans = pack_images(images_of_row)
         is_image = (tensors["input_ids"] == self.image_token_id) & (tensors["attention_mask"] == 1)
         return MultimodalBatch(
             **tensors,
@@ -248,14 +217,15 @@ class ImageAdapter(MultimodalAdapter):
             media_spans=spans,
         )
 
-    def _check_placeholders(self, row: Row, images: list[ImageInput]) -> None:
+    def _check_placeholders(self, row: Row, images: list[ProcessedImage]) -> None:
         """An image that does not reach the model is an error, never a quiet zero; a placeholder without image too."""
         held, expected = row.ids.count(self.image_token_id), [image.num_tokens for image in images]
         if held != sum(expected):
             raise ValueError(
-                f"rollout {row.rollout}: the server's prompt holds {held} {self.image_token} tokens, its {len(images)} images "
-                f"have {sum(expected)} features {expected}. Either the chat template lost an image, or server and trainer "
-                "resize differently: give both the same image size limits (vLLM: --mm-processor-kwargs)"
+                f"rollout {row.rollout}: the server's prompt holds {held} {self.image_token} tokens, its "
+                f"{len(images)} images have {sum(expected)} features {expected}. Either the chat template lost an "
+                "image, or server and trainer resize differently: give both the same image size limits (vLLM: "
+                "--mm-processor-kwargs)"
             )
 
     # -- messages to prompts, for the server in this process
@@ -266,31 +236,37 @@ class ImageAdapter(MultimodalAdapter):
         Raises:
             ValueError: an image that cannot be read, or a chat template that does not write one placeholder an image.
         """
-        plain = []
+        template_messages = []
         for role, parts in message_parts(messages):
             for part in parts:
                 if part["type"] not in ("text", "image_url"):
-                    raise ValueError(f"messages: content of type {part['type']!r} is not supported, only text and image_url")
-            images = [{"type": "image"} if part["type"] == "image_url" else {"type": "text", "text": part["text"]} for part in parts]
-            # templates that know no lists get plain strings where there is nothing but text
-            only_text = all(part["type"] == "text" for part in images)
-            plain.append({"role": role, "content": "".join(part["text"] for part in images) if only_text else images})
-        text = self.tokenizer.apply_chat_template(plain, add_generation_prompt=True, tokenize=False)
-        images = [self.load_input(url) for url in image_urls(messages)]
+                    raise ValueError(
+                        f"messages: content of type {part['type']!r} is not supported, only text and image_url"
+                    )
+            content = [
+                {"type": "image"} if part["type"] == "image_url" else {"type": "text", "text": part["text"]}
+                for part in parts
+            ]
+            if all(part["type"] == "text" for part in content):  # some templates know plain strings only
+                content = "".join(part["text"] for part in content)
+            template_messages.append({"role": role, "content": content})
+        text = self.tokenizer.apply_chat_template(template_messages, add_generation_prompt=True, tokenize=False)
+        images = [self.processed(url) for url in image_urls(messages)]
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         if ids.count(self.image_token_id) != len(images):
             raise ValueError(
-                f"messages: {len(images)} images, but the chat template wrote {ids.count(self.image_token_id)} {self.image_token} "
-                "(an image in a role that the template drops, or the token in a message's text)"
+                f"messages: {len(images)} images, but the chat template wrote {ids.count(self.image_token_id)} "
+                f"{self.image_token} (an image in a role that the template drops, or the token in a message's text)"
             )
         remaining = iter(images)
         expanded: list[int] = []
         for i in ids:
-            expanded += [i] * next(remaining).num_tokens if i == self.image_token_id else [i]
+            repeats = next(remaining).num_tokens if i == self.image_token_id else 1
+            expanded += [i] * repeats
         return Prompt(expanded, images)
 
     def prompt_inputs(self, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
-        """Keyword arguments of the forward for these prompts, padded on the left: their last tokens stand in line."""
+        """Keyword arguments of the forward for these prompts, padded on the left: their last tokens share a column."""
         P = max(len(prompt.ids) for prompt in prompts)
         pad = self.tokenizer.pad_token_id or 0
         ids = torch.tensor([[pad] * (P - len(prompt.ids)) + prompt.ids for prompt in prompts])  # (K, P)
@@ -305,27 +281,27 @@ class ImageAdapter(MultimodalAdapter):
 
 
 def pack_images(
-    images: Sequence[Sequence[ImageInput]], share: bool = True
+    images_of_row: Sequence[Sequence[ProcessedImage]], share: bool = True
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The rows' images as tensors for the forward, and which rows of them belong to whom.
 
     Args:
-        images: for each row its images. With `share`, rows with the same images (the same objects) own the same span.
+        images_of_row: with `share`, rows with the same images (the same objects) own the same span.
 
     Returns:
         (media, spans): name -> tensor with all images along dim 0, and name -> (B, 2). Both empty without any image.
     """
-    names = list(dict.fromkeys(name for row in images for image in row for name in image.tensors))
+    names = list(dict.fromkeys(name for images in images_of_row for image in images for name in image.tensors))
     media, spans = {}, {}
     for name in names:
         stored: dict[Any, tuple[int, int]] = {}
         pieces: list[Tensor] = []
         total, owned = 0, []
-        for i, row in enumerate(images):
-            key = tuple(id(image) for image in row) if share else i
+        for row, images in enumerate(images_of_row):
+            key = tuple(id(image) for image in images) if share else row
             if key not in stored:
                 start = total
-                for image in row:
+                for image in images:
                     pieces.append(image.tensors[name])
                     total += len(image.tensors[name])
                 stored[key] = (start, total)
@@ -340,11 +316,11 @@ class QwenVLAdapter(ImageAdapter):
     image_token = "<|image_pad|>"
     placeholder_tokens = ("<|image_pad|>", "<|video_pad|>")
 
-    def image_input(self, image: Image.Image) -> ImageInput:
+    def process_image(self, image: Image.Image) -> ProcessedImage:
         tensors = self.image_processor(images=[image], return_tensors="pt")
         patches = int(tensors["image_grid_thw"].prod())
         named = {name: tensors[name] for name in ("pixel_values", "image_grid_thw")}
-        return ImageInput(named, patches // self.image_processor.merge_size**2)
+        return ProcessedImage(named, patches // self.image_processor.merge_size**2)
 
     def token_inputs(self, is_image: Tensor) -> dict[str, Tensor]:
         return {"mm_token_type_ids": is_image.long()}  # without it some versions fall back to 1-D positions, silently
@@ -356,16 +332,25 @@ class LlavaAdapter(ImageAdapter):
     image_token = "<image>"
     placeholder_tokens = ("<image>",)
 
-    def image_input(self, image: Image.Image) -> ImageInput:
+    def process_image(self, image: Image.Image) -> ProcessedImage:
         pixels = self.image_processor(images=[image], return_tensors="pt")["pixel_values"]
         patch = self.model_config.vision_config.patch_size
         patches = (pixels.shape[-2] // patch) * (pixels.shape[-1] // patch)
         keeps_class_token = self.model_config.vision_feature_select_strategy == "full"
-        return ImageInput({"pixel_values": pixels}, patches + keeps_class_token)
-
-    def server_parameter_name(self, name: str) -> str:
-        # Transformers 5 has dropped a level of CLIP's module names that vLLM 0.32 still has
-        return re.sub(r"vision_tower\.(?!vision_model\.)", "vision_tower.vision_model.", super().server_parameter_name(name))
+        return ProcessedImage({"pixel_values": pixels}, patches + keeps_class_token)
 
 
 ADAPTERS = {"qwen": QwenVLAdapter, "llava": LlavaAdapter}
+
+
+def load_model(family: str, checkpoint: str | None, seed: int = 0) -> tuple[nn.Module, Any, MultimodalAdapter]:
+    """(model, tokenizer, adapter) of a checkpoint, a name or a folder; None: of a tiny model with random weights."""
+    if checkpoint is None:
+        from tiny_vlm import make_tiny_vlm, use_one_thread
+
+        use_one_thread()
+        model, tokenizer, image_processor = make_tiny_vlm(family, seed=seed)
+        return model, tokenizer, ADAPTERS[family](tokenizer, image_processor, model.config)
+    model = AutoModelForImageTextToText.from_pretrained(checkpoint, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    return model, tokenizer, ADAPTERS[family](tokenizer)

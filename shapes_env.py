@@ -6,7 +6,7 @@ examples come from disjoint random streams. The answer has the form `red circle`
 
     env = verifiers.load_environment("shapes-env", num_train_examples=512, images_per_prompt=2)
 
-`turns=2` goes on after the first reply: a second question brings another picture and asks for that one's colour and shape.
+`turns=2` goes on after the first reply: a second question brings another picture, and asks for its colour and shape.
 
 `blind=True` replaces every picture by the same grey one and leaves all else as it is: what a policy still scores then,
 it scores without looking (the control of the experiment).
@@ -51,7 +51,10 @@ def draw_shape(colour: str, shape: str, size: int, rng: random.Random) -> Image.
         upright = math.pi / 4 if shape == "square" else -math.pi / 2
         turn = upright + math.radians(rng.uniform(-5, 5))
         points = [
-            (x + radius * math.cos(turn + 2 * math.pi * k / corners), y + radius * math.sin(turn + 2 * math.pi * k / corners))
+            (
+                x + radius * math.cos(turn + 2 * math.pi * k / corners),
+                y + radius * math.sin(turn + 2 * math.pi * k / corners),
+            )
             for k in range(corners)
         ]
         draw.polygon(points, fill=fill)
@@ -95,8 +98,8 @@ def make_example(rng: random.Random, image_size: int, images_per_prompt: int, bl
 def make_rubric() -> vf.Rubric:
     """Partial credit: 0.4 for the colour, 0.4 for the shape, 0.2 for the form; `exact` is a metric and has no weight.
 
-    Each is the mean over the turns, so that what is chance for one turn is chance for two: `exact` is 1 where every reply
-    is exact, 0.5 where one of two is. A turn without a reply counts 0.
+    Each is the mean over the turns, so that what is chance for one turn is chance for two: `exact` is 1 where every
+    reply is exact, 0.5 where one of two is. A turn without a reply counts 0.
     """
     parser = vf.Parser(extract_fn=lambda text: text.split())
 
@@ -163,10 +166,12 @@ def load_environment(
         raise ValueError(f"turns={turns!r}: must be 1 or 2")
 
     def rows(split: str, count: int) -> Dataset:
-        return Dataset.from_list([
-            make_example(random.Random(f"shapes {seed} {split} {i}"), image_size, images_per_prompt, blind, turns)
-            for i in range(count)
-        ])
+        return Dataset.from_list(
+            [
+                make_example(random.Random(f"shapes {seed} {split} {i}"), image_size, images_per_prompt, blind, turns)
+                for i in range(count)
+            ]
+        )
 
     rubric = make_rubric()
     return ShapesEnv(

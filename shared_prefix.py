@@ -1,132 +1,251 @@
-"""Score a group at the cost of its distinct tokens.
+"""Each distinct prompt once: for generation, for scoring, for gradients.
 
 The G completions of a prompt share the prompt and its images. The plain forward runs G * (P + C) tokens and encodes the
 images G times; here the prompt is run once, gradients on, and the completions against its key-value cache: P + G * C
 tokens and one encoding, with the same logprobs and the same gradients. `benchmark.py` measures it.
 
-Dimensions: K distinct prompts of at most P tokens, B rows of at most C tokens after their prompt, L sequence length.
+Dimensions: K distinct prompts of at most P tokens, B rows of at most C tokens after their prompt, L sequence length,
+T = L - 1 predicted tokens, H hidden size.
 """
 
 from __future__ import annotations
 
+import inspect
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import GenerationMixin
 
-from inference import prefill
-
 if TYPE_CHECKING:
-    from mm_grpo import MultimodalBatch
+    from mm_grpo import MultimodalBatch, MultimodalRLConfig
+
+logger = logging.getLogger("mm_grpo")
 
 
 @dataclass
-class SharedPrefixes:
-    """The distinct prompts of a batch of B rows."""
+class SharedPrompts:
+    """The distinct prompts of B rows. A row's prompt is what stands before its first trained token.
 
-    prompts: MultimodalBatch  # K rows, padded on the left
-    owner: Tensor  # (B,) the prompt of each row
-    lengths: Tensor  # (B,) its length
+    Which row has which prompt stays on the CPU, where it is read to arrange the rows.
+    """
+
+    prompts: MultimodalBatch  # K rows of the batch, one of each prompt, with its media; longer than their prompts
+    lengths: Tensor  # (K,) tokens of each prompt
+    prompt_of_row: Tensor  # (B,)
+
+    def select(self, rows: Sequence[int]) -> SharedPrompts | None:
+        """The prompts of these rows; None where no two of them share one."""
+        prompts, prompt_of_row = self.prompt_of_row[rows].unique(return_inverse=True)
+        if len(prompts) == len(rows):
+            return None
+        return SharedPrompts(self.prompts.select(prompts), self.lengths[prompts], prompt_of_row)
+
+    def to(self, device: torch.device | str) -> SharedPrompts:
+        return replace(self, prompts=self.prompts.to(device))
+
+    def model_inputs(self) -> dict[str, Tensor]:
+        """Keyword arguments of the forward for the prompts, padded on the left: their last tokens share a column."""
+        P = int(self.lengths.max())
+        source = torch.arange(P) - (P - self.lengths)[:, None]  # (K, P) the column that comes here; negative: padding
+        source, inside = source.clamp(min=0).to(self.prompts.input_ids.device), source >= 0
+        inputs = self.prompts.model_inputs()
+        for name in inputs.keys() - self.prompts.media_spans.keys():  # by token, (K, L)
+            inputs[name] = inputs[name].gather(1, source) * inside.to(source.device)  # (K, P)
+        return inputs
+
+
+def find_shared_prompts(
+    model: nn.Module, batch: MultimodalBatch, placeholder_ids: Sequence[int]
+) -> SharedPrompts | None:
+    """The distinct prompts of a batch; None where no two rows share one, or the plain forward has to do it.
+
+    Two rows share their prompt when its ids, its media (their spans) and its per-token inputs are equal.
+    """
+    reason = why_not_shared(model, batch, placeholder_ids)
+    if reason is not None:
+        logger.info("prompts are not shared: %s", reason)
+        return None
+    ids, lengths = batch.input_ids.tolist(), prompt_lengths(batch).tolist()
+    spans = [spans.tolist() for spans in batch.media_spans.values()]
+    by_token = [tensor.tolist() for name, tensor in batch.media.items() if name not in batch.media_spans]
+    rows_of_prompt: dict[tuple, list[int]] = {}
+    for row, length in enumerate(lengths):
+        key = (*(tuple(column[row][:length]) for column in [ids, *by_token]), *(tuple(owned[row]) for owned in spans))
+        rows_of_prompt.setdefault(key, []).append(row)
+    if len(rows_of_prompt) == len(batch):
+        return None
+    prompt_of_row = torch.zeros(len(batch), dtype=torch.long)
+    for prompt, rows in enumerate(rows_of_prompt.values()):
+        prompt_of_row[rows] = prompt
+    first_rows = [rows[0] for rows in rows_of_prompt.values()]  # (K,)
+    return SharedPrompts(batch.select(first_rows), torch.tensor([lengths[row] for row in first_rows]), prompt_of_row)
+
+
+def prompt_lengths(batch: MultimodalBatch) -> Tensor:
+    """(B,) tokens before each row's first trained one."""
+    return (batch.loss_mask != 0).int().argmax(-1)
+
+
+def why_not_shared(model: nn.Module, batch: MultimodalBatch, placeholder_ids: Sequence[int]) -> str | None:
+    """What keeps this model from running this batch's prompts once each; None: nothing."""
+    if not isinstance(model, GenerationMixin):
+        return "the model has no key-value cache"
+    if model.training and model.is_activation_checkpointing:
+        return "activation checkpointing drops the key-value cache"
+    B, L = batch.input_ids.shape
+    column = torch.arange(L, device=batch.input_ids.device)
+    if not torch.equal(batch.attention_mask != 0, column < batch.attention_mask.sum(-1, keepdim=True)):
+        return "rows are not padded on the right"
+    if not (batch.loss_mask != 0).any(-1).all():
+        return "a row has no trained token"
+    by_token = {name: tensor for name, tensor in batch.media.items() if name not in batch.media_spans}
+    for name, tensor in by_token.items():
+        if tensor.shape != (B, L):
+            return f"{name} is stored by row"
+    media = torch.isin(batch.input_ids, torch.tensor(list(placeholder_ids), dtype=torch.long, device=column.device))
+    for tensor in by_token.values():
+        media = media | (tensor != 0)
+    if (media & (column >= prompt_lengths(batch)[:, None])).any():
+        return "media stand behind a row's first trained token"
+    return None
+
+
+class MicroBatch(NamedTuple):
+    """The rows of one forward pass."""
+
+    rows: Tensor  # (n,) their numbers in the whole batch
+    batch: MultimodalBatch
+    shared: SharedPrompts | None  # their prompts, to run each once; None: the plain forward
+
+    def to(self, device: torch.device | str) -> MicroBatch:
+        return MicroBatch(self.rows, self.batch.to(device), self.shared and self.shared.to(device))
+
+
+def micro_batches(
+    model: nn.Module,
+    batch: MultimodalBatch,
+    rows: Tensor,
+    placeholder_ids: Sequence[int],
+    config: MultimodalRLConfig,
+) -> list[MicroBatch]:
+    """Cut a batch into parts of at most `micro_batch_size` rows, along its prompts.
+
+    Args:
+        rows: (B,) bool, those that have something to train; all are taken where none has.
+        placeholder_ids: ids that stand for media.
+        config: also says whether prompts are shared.
+    """
+    numbers = rows.nonzero()[:, 0] if rows.any() else torch.arange(len(batch))
+    chosen = batch if len(numbers) == len(batch) else batch.select(numbers)
+    shared = find_shared_prompts(model, chosen, placeholder_ids) if config.share_prefix else None
+    parts = []
+    prompt_of_row = range(len(chosen)) if shared is None else shared.prompt_of_row.tolist()
+    for part in cut_along_prompts(prompt_of_row, config.micro_batch_size):
+        prompts = shared and shared.select(part)
+        micro_batch = chosen.select(part, with_media=prompts is None)  # the prompts have the media
+        parts.append(MicroBatch(numbers[part], micro_batch, prompts))
+    return parts
+
+
+def shared_fraction(parts: Sequence[MicroBatch]) -> float:
+    """Share of the rows whose prompt is run once for several of them."""
+    return sum(len(part.rows) for part in parts if part.shared) / sum(len(part.rows) for part in parts)
+
+
+def cut_along_prompts(prompt_of_row: Sequence[int], size: int) -> list[list[int]]:
+    """The rows in parts of at most `size`. A prompt's rows stay together where they fit, else they are cut evenly: each
+    part that holds some of them runs the prompt once more."""
+    rows_of_prompt: dict[int, list[int]] = {}
+    for row, prompt in enumerate(prompt_of_row):
+        rows_of_prompt.setdefault(prompt, []).append(row)
+    parts: list[list[int]] = []
+    for rows in rows_of_prompt.values():
+        pieces = -(-len(rows) // size)
+        for piece in (rows[i::pieces] for i in range(pieces)):
+            if not parts or len(parts[-1]) + len(piece) > size:
+                parts.append([])
+            parts[-1] += piece
+    return parts
+
+
+def prefill(model: nn.Module, inputs: dict[str, Tensor], prompt_of_row: Tensor):
+    """Run K distinct prompts through the model once, images included, and make ready to go on from them B times.
+
+    Args:
+        model: a Transformers model, or its body.
+        inputs: keyword arguments of the forward for (K, P) prompts, padded on the left.
+        prompt_of_row: (B,) which prompt each continuation goes on from.
+
+    Returns:
+        (last, cache, mask, positions): what the model gives at each prompt's last token, logits (B, V) or a body's
+        hidden states (B, H); the key-value cache and the attention mask (B, P), a row a continuation; positions (B, 1)
+        of the token after the prompt. Gradients flow where they are on.
+    """
+    mask = inputs["attention_mask"]
+    # A model with M-RoPE places images in two dimensions by itself and leaves behind by how much text after them is
+    # moved (`rope_deltas`). Everything else counts tokens, without padding.
+    rope = next((module for module in model.modules() if hasattr(module, "rope_deltas")), None)
+    own_positions = rope is not None and any(name.endswith("_grid_thw") for name in inputs)
+    if rope is not None:
+        rope.rope_deltas = None  # what another forward left there belongs to other prompts
+    options = {} if own_positions else {"position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
+    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+        options["logits_to_keep"] = 1
+    output = model(**inputs, **options, use_cache=True)
+    cache = output.past_key_values
+    cache.batch_select_indices(prompt_of_row)
+    positions = mask.sum(-1, keepdim=True) + (rope.rope_deltas if own_positions else 0)  # (K, 1)
+    return output[0][prompt_of_row, -1], cache, mask[prompt_of_row], positions[prompt_of_row]
 
 
 def score_shared(
-    model, batch: MultimodalBatch, prefixes: SharedPrefixes, score_tokens: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+    body: nn.Module,
+    batch: MultimodalBatch,
+    shared: SharedPrompts,
+    logprobs_of: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
 ) -> tuple[Tensor, Tensor]:
-    """`score` at the cost of the distinct tokens: K prompts once, then B completions against their key-value cache.
+    """`mm_grpo.score` at the cost of the distinct tokens: K prompts once, then B completions against their cache.
 
-    Attention is causal: a prompt's keys and values do not depend on what follows it, and a completion sees nothing of its
-    prompt but those. So running the prompt once and copying its cache to the group's completions is the plain forward with
-    its repetitions left out. Backwards, the copy adds up the group's gradients by itself.
+    Attention is causal: a prompt's keys and values do not depend on what follows it, and a completion sees nothing of
+    its prompt but those. So running the prompt once and copying its cache to the group's completions is the plain
+    forward with its repetitions left out. Backwards, the copy adds up the group's gradients by itself.
 
     Args:
-        model: called as in `mm_grpo.score`; what it gives as logits is handed to `score_tokens` with the target ids.
+        body: what gives the hidden states (or a whole model, which gives logits).
+        batch: the B rows; their media are not looked at, the prompts have them.
+        logprobs_of: (hidden (N, H), targets (N,)) -> (logprobs, entropies), (N,) each.
 
     Returns:
-        What `score_tokens` says of each trained token, in the columns of the plain forward: (B, T) each, 0 elsewhere.
+        (logprobs, entropies): (B, T) each, in the columns of the plain forward; 0 where nothing is trained.
     """
     B, L = batch.input_ids.shape
-    ends = batch.attention_mask.sum(-1)
-    C = int((ends - prefixes.lengths).max())  # longest completion
-    columns = prefixes.lengths[:, None] + torch.arange(C, device=ends.device)  # (B, C) where in the batch they stand
+    device = batch.input_ids.device
+    prompt_of_row = shared.prompt_of_row.to(device)
+    starts = shared.lengths[shared.prompt_of_row].to(device)  # (B,)
+    ends = batch.attention_mask.sum(-1)  # (B,)
+    C = int((ends - starts).max())  # longest completion
+    columns = starts[:, None] + torch.arange(C, device=device)  # (B, C) where in the batch they stand
     inside = (columns < ends[:, None]).long()
     completions = batch.input_ids.gather(1, columns.clamp(max=L - 1))  # (B, C)
 
-    first, cache, mask, positions = prefill(model, prefixes.prompts.model_inputs(), prefixes.owner)
-    hidden = first[:, None]  # (B, 1, H): a prompt's last token predicts each completion's first
+    last, cache, mask, positions = prefill(body, shared.model_inputs(), prompt_of_row)
+    hidden = last[:, None]  # (B, 1, H): a prompt's last token predicts each completion's first
     if C > 1:
-        rest = model(
+        output = body(
             input_ids=completions[:, :-1],
             attention_mask=torch.cat([mask, inside[:, :-1]], dim=1),
-            position_ids=positions + torch.arange(C - 1, device=ends.device),
+            position_ids=positions + torch.arange(C - 1, device=device),
             past_key_values=cache,
             use_cache=True,
         )
-        hidden = torch.cat([hidden, rest.logits], dim=1)  # (B, C, H)
+        hidden = torch.cat([hidden, output[0]], dim=1)  # (B, C, H)
     trained = batch.loss_mask[:, 1:] != 0  # (B, T)
-    at = (torch.arange(1, L, device=ends.device) - prefixes.lengths[:, None])[trained]  # column of a trained token in C
-    row = torch.arange(B, device=ends.device)[:, None].expand(B, L - 1)[trained]
-    scored = score_tokens(hidden[row, at], completions[row, at])
+    row, target = trained.nonzero(as_tuple=True)  # (N,) each; the target stands in column target + 1
+    place = target + 1 - starts[row]  # (N,) its place in the completion
+    scored = logprobs_of(hidden[row, place], completions[row, place])
     logprobs, entropies = (values.new_zeros(B, L - 1).masked_scatter(trained, values) for values in scored)
     return logprobs, entropies
-
-
-def shared_prefixes(model, batch: MultimodalBatch, placeholder_ids: Sequence[int]) -> SharedPrefixes | None:
-    """The distinct prompts of a batch, if each row is a prompt with all its media followed by the rest.
-
-    A row's prompt is what stands before its first trained token. Two rows share it when ids, media spans and per-token
-    inputs are equal.
-
-    Returns:
-        None where the plain forward has to do it: rows that share nothing, are not padded on the right or have nothing
-        trained; media stored by row; media or per-token inputs beyond the prompt; a model without a key-value cache, or
-        one that drops it (activation checkpointing).
-    """
-    if not isinstance(model, GenerationMixin) or (model.training and model.is_activation_checkpointing):
-        return None
-    B, L = batch.input_ids.shape
-    ends = batch.attention_mask.sum(-1)
-    column = torch.arange(L, device=ends.device)
-    if not torch.equal(batch.attention_mask != 0, column < ends[:, None]):
-        return None
-    trained = batch.loss_mask != 0
-    if not trained.any(-1).all():
-        return None
-    lengths = trained.int().argmax(-1)  # (B,) where the first trained token stands
-    per_row = {name: tensor for name, tensor in batch.media.items() if name not in batch.media_spans}
-    if any(tensor.shape != (B, L) for tensor in per_row.values()):
-        return None
-    media = torch.isin(batch.input_ids, torch.tensor(list(placeholder_ids), dtype=torch.long, device=ends.device))
-    for tensor in per_row.values():
-        media = media | (tensor != 0)
-    if (media & (column >= lengths[:, None])).any():
-        return None
-    number: dict[tuple, int] = {}
-    rows: list[int] = []  # a row of each distinct prompt
-    owner = []
-    for i, (ids, length) in enumerate(zip(batch.input_ids.tolist(), lengths.tolist())):
-        key = (
-            tuple(ids[:length]),
-            *(tuple(spans[i].tolist()) for spans in batch.media_spans.values()),
-            *(tuple(tensor[i, :length].tolist()) for tensor in per_row.values()),
-        )
-        if key not in number:
-            number[key] = len(rows)
-            rows.append(i)
-        owner.append(number[key])
-    if len(rows) == B:
-        return None
-    prompts = batch.select(rows)
-    P = int(lengths[rows].max())
-    shift = column[:P] - (P - lengths[rows])[:, None]  # (K, P) the column that comes to stand here; negative: padding
-    left = {"input_ids": prompts.input_ids} | {name: prompts.media[name] for name in per_row}
-    left = {name: t.gather(1, shift.clamp(min=0)) * (shift >= 0) for name, t in left.items()}
-    ids = left.pop("input_ids")
-    zeros = torch.zeros_like(ids)
-    prompts = replace(
-        prompts, input_ids=ids, attention_mask=(shift >= 0).long(), loss_mask=zeros, behavior_logprobs=zeros.float(),
-        extra_model_kwargs={**prompts.extra_model_kwargs, **left},
-    )
-    return SharedPrefixes(prompts, torch.tensor(owner, device=ends.device), lengths)

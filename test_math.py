@@ -2,11 +2,12 @@
 
     pytest test_math.py
 
-Values are held against an oracle in plain Python: float64, loops over rows and tokens, written from the papers and not
-from the code. Gradients are held against central differences of that oracle. The rest are properties: what must not
-matter (padding, row order, the split into micro-batches, masked tokens, the level of the rewards), what must be exactly
-zero, and what must stay finite. Drawn numbers are multiples of 1/64: float32 holds them exactly, so that code and oracle
-see the same inputs and a tolerance has to cover the rounding of the arithmetic alone.
+Read from the top they are a tutorial. First comes the method in small numbers, worked by hand. Then an oracle in plain
+Python: float64, loops over rows and tokens, written from the papers and not from the code. Values are held against it,
+gradients against its central differences. The rest are properties: what must not matter (padding, row order, the split
+into micro-batches, masked tokens, the level of the rewards), what must be exactly zero, and what must stay finite.
+Drawn numbers are multiples of 1/64: float32 holds them exactly, so that code and oracle see the same inputs and a
+tolerance has to cover the rounding of the arithmetic alone.
 """
 
 import math
@@ -17,7 +18,157 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from mm_grpo import group_advantages, grpo_loss, token_logprobs, token_weights
+import mm_grpo
+from mm_grpo import (
+    group_advantages,
+    grpo_loss,
+    k3,
+    masked_mean,
+    policy_term,
+    row_ratio,
+    token_logprobs,
+    token_weights,
+)
+
+# A float32 operation rounds by up to 6e-8 of its result. The longest chain here (subtract, exp, clip, two products, a
+# sum of 20) is about 30 of them: 2e-6 of the summed size of the terms.
+ROUNDING = 2e-6
+
+
+def evaluate(loss_type, arguments):
+    """(loss, gradient with respect to logprobs, metrics)."""
+    logprobs = arguments["logprobs"].clone().requires_grad_()
+    loss, metrics = grpo_loss(**(arguments | {"logprobs": logprobs}), loss_type=loss_type)
+    assert loss.shape == ()
+    loss.backward()
+    return loss.item(), logprobs.grad, {name: float(value) for name, value in metrics.items()}
+
+
+# ---------------------------------------------------------------- the method in small numbers, by hand
+
+
+def test_advantages_of_one_success_in_four_by_hand():
+    """Mean 1/4, unbiased std 1/2: (1 - 1/4) / (1/2 + 1e-4). A biased std, or no epsilon, is another number."""
+    mean = (1 + 0 + 0 + 0) / 4
+    std = math.sqrt(((1 - mean) ** 2 + 3 * (0 - mean) ** 2) / (4 - 1))  # sqrt(3/4 / 3) = 1/2
+    success = (1 - mean) / (std + 1e-4)  # 0.75 / 0.5001, about 1.5
+    failure = (0 - mean) / (std + 1e-4)  # -0.25 / 0.5001, about -0.5
+    advantages = group_advantages(torch.tensor([1.0, 0.0, 0.0, 0.0]), None)
+    assert advantages.tolist() == pytest.approx([success, failure, failure, failure], rel=1e-6)  # float32 output
+
+
+# One row and its tokens, each of logprob -2 and of advantage +1: the completion was better than its group.
+
+
+def row_of(ratios, loss_type, advantage=1.0, **knobs):
+    """[loss, gradient of each token] of one row of tokens with these ratios. The weight of each of n tokens is 1/n."""
+    logprobs = torch.full((1, len(ratios)), -2.0)
+    arguments = {
+        "logprobs": logprobs,
+        "behavior_logprobs": logprobs - torch.tensor([ratios]).log(),  # ratio = exp(logprob - behaviour's logprob)
+        "advantages": torch.tensor([advantage]),
+        "weights": torch.full_like(logprobs, 1 / len(ratios)),
+    }
+    loss, gradient, _ = evaluate(loss_type, arguments | knobs)
+    return [loss, *gradient[0].tolist()]
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "dr_grpo", "dapo", "gspo"])
+def test_a_clipped_token_by_hand(loss_type):
+    """The policy already finds the token 1.5 times as likely as when it was sampled. Above 1.2 there is no gain."""
+    ratio, A = 1.5, 1.0
+    clipped = 1.2  # 1.5, held between 1 - 0.2 and 1 + 0.2
+    loss = -min(ratio * A, clipped * A)  # -1.2
+    gradient = 0.0  # -1.2 is a constant: no change of the logprob moves it
+    assert row_of([1.5], loss_type) == pytest.approx([loss, gradient], rel=ROUNDING, abs=0.0)
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "dr_grpo", "dapo", "gspo"])
+def test_a_bad_token_that_grew_by_hand(loss_type):
+    """The same token in a completion worse than its group: nothing stops the way back."""
+    ratio, A, clipped = 1.5, -1.0, 1.2
+    loss = -min(ratio * A, clipped * A)  # min(-1.5, -1.2) = -1.5: the unclipped side
+    gradient = -ratio * A  # d ratio / d logprob = ratio, as ratio = exp(logprob - behaviour's logprob)
+    assert row_of([1.5], loss_type, advantage=A) == pytest.approx([loss, gradient], rel=ROUNDING)
+
+
+def test_one_ratio_a_row_by_hand():
+    """GSPO judges rows, not tokens: ratios 2.2 and 0.55 multiply to 1.21, which is 1.1 for each of the two tokens."""
+    row = math.sqrt(2.2 * 0.55)  # exp of the mean of the logs: the geometric mean, 1.1, inside [0.8, 1.2]
+    loss = -row  # (row + row) / 2
+    gradient = -row / 2  # each token is half of the mean in the exponent, and stands in both terms of weight 1/2
+    assert row_of([2.2, 0.55], "gspo") == pytest.approx([loss, gradient, gradient], rel=ROUNDING)
+    loss = -(1.2 + 0.55) / 2  # GRPO clips the first token and leaves the second
+    assert row_of([2.2, 0.55], "grpo") == pytest.approx([loss, 0.0, -0.55 / 2], rel=ROUNDING, abs=0.0)
+
+
+def test_a_token_of_cispo_by_hand():
+    """CISPO bounds the factor and keeps the gradient: the token is trained on as by REINFORCE, times 1.2."""
+    factor, A, logprob = 1.2, 1.0, -2.0  # min(1.5, 1 + 0.2), a constant
+    loss = -factor * A * logprob  # 2.4
+    gradient = -factor * A  # -1.2: of the logprob alone
+    assert row_of([1.5], "cispo") == pytest.approx([loss, gradient], rel=ROUNDING)
+
+
+def test_a_token_of_masked_by_hand():
+    """Nothing clips; d ratio / d logprob = ratio, so loss and gradient are the same number."""
+    ratio, A = 1.5, 1.0
+    loss, gradient = -ratio * A, -ratio * A
+    assert row_of([1.5], "masked") == pytest.approx([loss, gradient], rel=ROUNDING)
+
+
+def test_the_kl_penalty_of_one_token_by_hand():
+    """The reference's logprob is -1, the policy's -2: a gap of 1. The advantage is 0, so the penalty stands alone."""
+    gap = -1.0 - -2.0
+    penalty = math.exp(gap) - gap - 1  # e - 2 = 0.718
+    gradient = 1 - math.exp(gap)  # a larger logprob is a smaller gap: -(exp(gap) - 1) = -1.718, towards the reference
+    row = row_of([1.0], "dapo", advantage=0.0, beta=0.5, ref_logprobs=torch.tensor([[-1.0]]))
+    assert row == pytest.approx([0.5 * penalty, 0.5 * gradient], rel=ROUNDING)
+
+
+def test_weights_of_a_short_and_a_long_row_by_hand():
+    """A row of 1 token and a row of 3: rows can count the same, or tokens, or neither: then a constant divides."""
+    mask = torch.tensor([[1, 0, 0], [1, 1, 1]])
+
+    def weights(loss_type):
+        return token_weights(mask, loss_type, max_tokens=5).flatten().tolist()
+
+    # grpo: the mean over a row's tokens, then over 2 rows. Both rows weigh 1/2.
+    short, long = 1 / 1 / 2, 1 / 3 / 2
+    assert weights("grpo") == weights("gspo") == pytest.approx([short, 0, 0, long, long, long])
+    # dapo: the mean over the 4 tokens of the batch. The long row weighs three times the short one.
+    each = 1 / 4
+    assert weights("dapo") == weights("cispo") == weights("masked") == pytest.approx([each, 0, 0, each, each, each])
+    # dr_grpo: 2 rows of at most 5 tokens, however many there are. Shorter rows make a smaller loss.
+    each = 1 / (2 * 5)
+    assert weights("dr_grpo") == pytest.approx([each, 0, 0, each, each, each])
+
+
+def test_a_banned_token_by_hand():
+    """Three equal logits, the last one banned: the other two share all, and it is 100 / temperature nats below them."""
+    for temperature in (1.0, 0.5):
+        logprobs, entropies = token_logprobs(torch.zeros(3, 3), torch.tensor([0, 1, 2]), temperature, banned_ids=[2])
+        half = -math.log(2)
+        assert logprobs.tolist() == pytest.approx([half, half, half - 100 / temperature], rel=1e-6)  # float32
+        assert entropies.tolist() == pytest.approx(3 * [math.log(2)], rel=1e-6)
+
+
+def test_one_update_by_hand():
+    """From rewards to the gradient of logits. Two tokens of probability 1/2; the right one was sampled once in four."""
+    logits = torch.zeros(2, requires_grad=True)
+    sampled, rewards = torch.tensor([[0], [1], [1], [1]]), torch.tensor([1.0, 0.0, 0.0, 0.0])
+    logprobs, _ = token_logprobs(logits.expand(4, 1, 2), sampled)  # (4, 1): four completions of one token
+    weights = token_weights(torch.ones(4, 1), "dapo")  # 1/4 each
+    loss, _ = grpo_loss(logprobs, logprobs.detach(), group_advantages(rewards), weights)  # on policy: every ratio is 1
+    loss.backward()
+    success, failure = 0.75 / 0.5001, -0.25 / 0.5001
+    # d logprob / d logit of the right token: 1 - 1/2 where it was sampled, 0 - 1/2 where the other one was
+    right = -(success * (1 - 1 / 2) + 3 * failure * (0 - 1 / 2)) / 4  # -0.375: descent makes it likelier
+    assert logits.grad.tolist() == pytest.approx([right, -right], rel=ROUNDING)
+    assert loss.item() == pytest.approx(0.0, abs=1e-6)  # the advantages add up to 0; its gradient is what counts
+
+
+# ---------------------------------------------------------------- what is drawn from
 
 INF, NAN = math.inf, math.nan
 LOSS_TYPES = ("grpo", "dr_grpo", "dapo", "gspo", "cispo", "masked")
@@ -26,11 +177,20 @@ CLIPS = ((0.2, 0.2), (0.2, 0.28), (3e-4, 4e-4))  # PPO's, DAPO's, GSPO's
 MASK_RANGES = ((0.0, INF), (0.5, 2.0), (0.1, 10.0))
 MAX_ROWS, MAX_TOKENS = 4, 5
 
-# A float32 operation rounds by up to 6e-8 of its result. The longest chain here (subtract, exp, clip, two products, a sum of
-# 20) is about 30 of them: 2e-6 of the summed size of the terms.
-ROUNDING = 2e-6
-# Logits divided by the temperature reach 40, where float32 rounds by 40 * 6e-8 = 2.4e-6; a log-softmax has a few such steps.
+# Logits over the temperature reach 40, where float32 rounds by 40 * 6e-8 = 2.4e-6; a log-softmax has a few such steps.
 LOGIT_ROUNDING = 1e-5
+
+# No drawn ratio may lie at a bound: code and oracle, or the two ends of a finite difference, could stand on two sides
+# of it. Drawn log-ratios are multiples of 1/64 and the mean of n of them is one of 1/64/n. Each of these is further
+# from the logarithm of every bound than a step of the finite differences (1e-5 / n) and a rounding (1e-7) can carry it.
+BOUNDS = [1 - low for low, _ in CLIPS] + [1 + high for _, high in CLIPS] + [0.5, 2.0, 0.1, 10.0]
+for log_bound in map(math.log, BOUNDS):
+    for n in range(1, MAX_TOKENS + 1):
+        assert abs(log_bound - round(log_bound * 64 * n) / 64 / n) > 1e-5 / n + 1e-6
+
+
+def test_every_loss_type_is_tested_here():
+    assert mm_grpo.LOSS_TYPES == LOSS_TYPES
 
 
 # ---------------------------------------------------------------- the oracle: float64, math only
@@ -49,6 +209,10 @@ class Case:
     mask_range: tuple = (0.0, INF)
     beta: float = 0.0
 
+    def trained(self):
+        """(row, token) of each token that is trained."""
+        return [(b, t) for b, row in enumerate(self.weights) for t, weight in enumerate(row) if weight]
+
 
 def mean(values):
     return math.fsum(values) / len(values)
@@ -58,13 +222,8 @@ def sample_std(values):
     return math.sqrt(math.fsum((x - mean(values)) ** 2 for x in values) / (len(values) - 1))
 
 
-def k3(gap):
-    """Schulman's estimator of KL(policy || other), gap = log other - log policy; used by GRPO, arXiv 2402.03300 eq. 4."""
-    return math.exp(gap) - gap - 1
-
-
 def oracle_advantages(rewards, group_ids, scale):
-    """Group-relative advantage, arXiv 2402.03300 section 4.1.2; no division: 2503.20783; the batch's spread: 2508.08221."""
+    """Group-relative advantage, arXiv 2402.03300 section 4.1.2; undivided: 2503.20783; the batch's std: 2508.08221."""
     advantages = []
     for reward, group_id in zip(rewards, group_ids):
         group = [r for r, g in zip(rewards, group_ids) if g == group_id]
@@ -75,9 +234,16 @@ def oracle_advantages(rewards, group_ids, scale):
     return advantages
 
 
+def oracle_softmax(logits, target, temperature):
+    """(log p(target), entropy in nats) of softmax(logits / temperature) over one position's V logits."""
+    scaled = [x / temperature for x in logits]
+    log_z = max(scaled) + math.log(math.fsum(math.exp(x - max(scaled)) for x in scaled))
+    return scaled[target] - log_z, -math.fsum(math.exp(x - log_z) * (x - log_z) for x in scaled)
+
+
 def oracle_weight(mask, row, loss_type, max_tokens):
-    """Weight of a trained token of `row`. GRPO 2402.03300 eq. 3 and GSPO 2507.18071 eq. 5: mean over the row's tokens, then
-    over rows. Dr. GRPO 2503.20783: a constant. DAPO 2503.14476 eq. 8 and CISPO 2506.13585 eq. 4: mean over all tokens."""
+    """Weight of a trained token of `row`. GRPO 2402.03300 eq. 3 and GSPO 2507.18071 eq. 5: mean over the row's tokens,
+    then over rows. Dr. GRPO 2503.20783: a constant. DAPO 2503.14476 eq. 8, CISPO 2506.13585 eq. 4: mean over all."""
     if loss_type in ("grpo", "gspo"):
         return 1 / sum(mask[row]) / len(mask)
     if loss_type == "dr_grpo":
@@ -85,40 +251,54 @@ def oracle_weight(mask, row, loss_type, max_tokens):
     return 1 / sum(map(sum, mask))
 
 
-def oracle_loss(case, loss_type, moved=None):
-    """(loss, metrics, size), one token after the other; size sums the magnitudes of all terms, to scale tolerances.
+def oracle_k3(gap):
+    """Schulman's estimator of KL(policy || other), gap = log other - log policy; GRPO, arXiv 2402.03300 eq. 4."""
+    return math.exp(gap) - gap - 1
 
-    PPO's clipped surrogate as in GRPO 2402.03300 eq. 3, DAPO 2503.14476 eq. 8 (two clip bounds), Dr. GRPO 2503.20783; GSPO
-    2507.18071 eq. 5-7 (one length-normalised ratio a row); CISPO 2506.13585 eq. 4-5, with an upper bound only. `moved` takes
-    the place of case.logprobs for finite differences; CISPO's ratio stays where it was: its gradient is stopped.
+
+def oracle_policy_term(loss_type, ratio, A, logprob, clip):
+    """(what is minimised for one token, whether its clip binds).
+
+    PPO's clipped surrogate as in GRPO 2402.03300 eq. 3, DAPO 2503.14476 eq. 8 (two clip bounds), Dr. GRPO 2503.20783,
+    and with the row's ratio in GSPO 2507.18071 eq. 5. CISPO 2506.13585 eq. 4-5, with an upper bound only.
     """
+    low, high = 1 - clip[0], 1 + clip[1]
+    if loss_type == "cispo":
+        return -min(ratio, high) * A * logprob, ratio > high
+    if loss_type == "masked":
+        return -ratio * A, False
+    clipped = min(max(ratio, low), high)
+    return -min(ratio * A, clipped * A), clipped * A < ratio * A
+
+
+def oracle_row_ratio(log_ratios):
+    """GSPO 2507.18071 eq. 7: the ratio of the whole row's probabilities, to the power of 1 / length."""
+    return math.exp(mean(log_ratios))
+
+
+def oracle_ratio(loss_type, case, b, t, moved):
+    """The ratio that the loss of token t of row b is made of. `moved` are the logprobs of the policy in training."""
+    if loss_type == "gspo":
+        return oracle_row_ratio([moved[b][u] - case.behavior[b][u] for row, u in case.trained() if row == b])
+    if loss_type == "cispo":
+        moved = case.logprobs  # CISPO's stop-gradient: however the logprobs are moved, its ratio stays where it was
+    return math.exp(moved[b][t] - case.behavior[b][t])
+
+
+def in_range(case, ratio):
+    return case.mask_range[0] <= ratio <= case.mask_range[1]
+
+
+def oracle_loss(case, loss_type, moved=None):
+    """The loss, one token after the other. `moved` takes the place of case.logprobs, for finite differences."""
     moved = moved or case.logprobs
-    clip_low, clip_high = case.clip
-    loss, size, seen = 0.0, 0.0, []
-    for b, A in enumerate(case.advantages):
-        trained = [t for t, weight in enumerate(case.weights[b]) if weight]
-        for t in trained:
-            log_ratio = moved[b][t] - case.behavior[b][t]
-            ratio = math.exp(log_ratio)
-            if loss_type == "gspo":
-                ratio = math.exp(mean([moved[b][u] - case.behavior[b][u] for u in trained]))
-            if loss_type == "cispo":
-                ratio = math.exp(case.logprobs[b][t] - case.behavior[b][t])
-                policy, binds = -min(ratio, 1 + clip_high) * A * moved[b][t], ratio > 1 + clip_high
-            elif loss_type == "masked":
-                policy, binds = -ratio * A, False
-            else:
-                clipped = min(max(ratio, 1 - clip_low), 1 + clip_high)
-                policy, binds = -min(ratio * A, clipped * A), clipped * A < ratio * A
-            kept = case.mask_range[0] <= ratio <= case.mask_range[1]
-            gap = case.ref[b][t] - moved[b][t]
-            loss += case.weights[b][t] * ((policy if kept else 0.0) + case.beta * k3(gap))
-            size += case.weights[b][t] * (abs(policy) + abs(A) * (1 + ratio) + case.beta * (math.exp(gap) + abs(gap) + 1))
-            seen.append((k3(log_ratio), abs(log_ratio), math.exp(log_ratio), binds, not kept, k3(gap)))
-    mismatch, gaps, ratios, binding, dropped, kl = zip(*seen) if seen else ([0], [0], [1], [0], [0], [0])
-    metrics = {"mismatch_kl": mean(mismatch), "logprob_difference": mean(gaps), "ratio_min": min(ratios), "ratio_max": max(ratios)}
-    metrics |= {"clip_fraction": mean(binding), "masked_fraction": mean(dropped)} | ({"kl": mean(kl)} if case.beta else {})
-    return loss, metrics, size
+    loss = 0.0
+    for b, t in case.trained():
+        ratio = oracle_ratio(loss_type, case, b, t, moved)
+        term, _ = oracle_policy_term(loss_type, ratio, case.advantages[b], moved[b][t], case.clip)
+        penalty = oracle_k3(case.ref[b][t] - moved[b][t])
+        loss += case.weights[b][t] * ((term if in_range(case, ratio) else 0.0) + case.beta * penalty)
+    return loss
 
 
 def oracle_gradient(case, loss_type, step=1e-5):
@@ -127,17 +307,43 @@ def oracle_gradient(case, loss_type, step=1e-5):
     def loss_at(b, t, shift):
         moved = [list(row) for row in case.logprobs]
         moved[b][t] += shift
-        return oracle_loss(case, loss_type, moved)[0]
+        return oracle_loss(case, loss_type, moved)
 
     T = range(len(case.logprobs[0]))
     return [[(loss_at(b, t, step) - loss_at(b, t, -step)) / (2 * step) for t in T] for b in range(len(case.logprobs))]
 
 
-def oracle_softmax(logits, target, temperature):
-    """(log p(target), entropy in nats) of softmax(logits / temperature) over one position's V logits."""
-    scaled = [x / temperature for x in logits]
-    log_z = max(scaled) + math.log(math.fsum(math.exp(x - max(scaled)) for x in scaled))
-    return scaled[target] - log_z, -math.fsum(math.exp(x - log_z) * (x - log_z) for x in scaled)
+def oracle_metrics(case, loss_type):
+    """Means over the trained tokens, every token the same; the least and the largest ratio are those of tokens."""
+    seen = []
+    for b, t in case.trained():
+        log_ratio = case.logprobs[b][t] - case.behavior[b][t]
+        ratio = oracle_ratio(loss_type, case, b, t, case.logprobs)
+        _, binds = oracle_policy_term(loss_type, ratio, case.advantages[b], case.logprobs[b][t], case.clip)
+        kl = oracle_k3(case.ref[b][t] - case.logprobs[b][t])
+        seen.append((oracle_k3(log_ratio), abs(log_ratio), math.exp(log_ratio), binds, not in_range(case, ratio), kl))
+    mismatch, gaps, ratios, binding, dropped, kls = zip(*seen) if seen else ([0], [0], [1], [0], [0], [0])
+    metrics = {
+        "mismatch_kl": mean(mismatch),
+        "logprob_difference": mean(gaps),
+        "ratio_min": min(ratios),
+        "ratio_max": max(ratios),
+        "clip_fraction": mean(binding),
+        "masked_fraction": mean(dropped),
+    }
+    return metrics | ({"kl": mean(kls)} if case.beta else {})
+
+
+def rounding(case, loss_type):
+    """How far float32 may be off in a case's loss and gradient: ROUNDING times the size of all that is summed."""
+    size = 0.0
+    for b, t in case.trained():
+        A, gap = case.advantages[b], case.ref[b][t] - case.logprobs[b][t]
+        ratio = oracle_ratio(loss_type, case, b, t, case.logprobs)
+        term, _ = oracle_policy_term(loss_type, ratio, A, case.logprobs[b][t], case.clip)
+        of_k3 = math.exp(gap) + abs(gap) + 1
+        size += case.weights[b][t] * (abs(term) + abs(A) * (1 + ratio) + case.beta * of_k3)
+    return ROUNDING * size
 
 
 # ---------------------------------------------------------------- drawn inputs
@@ -156,7 +362,7 @@ LOG_RATIOS = grid(-0.4, 0.4) | grid(-3, 3)  # about the clip bounds, and far bey
 
 @st.composite
 def cases(draw):
-    """Ragged batches: any token may be untrained, so may a whole row; weights are arbitrary, not those of a loss type."""
+    """Ragged batches: any token may be untrained, so may a whole row; weights are arbitrary, of no loss type."""
     B, T = draw(st.integers(1, MAX_ROWS)), draw(st.integers(1, MAX_TOKENS))
     logprobs = draw(table(B, T, grid(-8, -3)))
 
@@ -181,7 +387,8 @@ def reward_lists():
 SCALES = st.sampled_from(["group", "batch", "none"])
 GROUP_IDS = st.lists(st.sampled_from([7, -3, 0, 10**12]), min_size=8, max_size=8)  # no order, no neighbours
 NOTHING_TRAINED = Case([[-1.0, -2.0]], [[-1.0, -1.0]], [[-2.0, -2.0]], [[0.0, 0.0]], [1.0], beta=1.0)
-ALL_OUT_OF_RANGE = Case([[-3.0, -1.0]], [[-6.0, -4.0]], [[-3.5, -1.0]], [[0.5, 0.5]], [1.0], mask_range=(0.5, 2.0), beta=1.0)
+OUT_OF_RANGE = dict(mask_range=(0.5, 2.0), beta=1.0)
+ALL_OUT_OF_RANGE = Case([[-3.0, -1.0]], [[-6.0, -4.0]], [[-3.5, -1.0]], [[0.5, 0.5]], [1.0], **OUT_OF_RANGE)
 ROW_WITHOUT_TOKENS = Case([[-3.0], [-3.0]], [[-3.5], [-3.0]], [[-3.0], [-3.0]], [[0.0], [1.0]], [5.0, -1.0])
 
 
@@ -190,19 +397,18 @@ ROW_WITHOUT_TOKENS = Case([[-3.0], [-3.0]], [[-3.5], [-3.0]], [[-3.0], [-3.0]], 
 
 def tensors(case):
     """The arguments of grpo_loss for a case. ref_logprobs is always there: with beta = 0 it must not matter."""
-    values = [torch.tensor(x) for x in (case.logprobs, case.behavior, case.ref, case.weights, case.advantages)]
-    arguments = dict(zip(("logprobs", "behavior_logprobs", "ref_logprobs", "weights", "advantages"), values), beta=case.beta)
-    arguments |= {"clip_low": case.clip[0], "clip_high": case.clip[1]}
-    return arguments | {"mask_ratio_low": case.mask_range[0], "mask_ratio_high": case.mask_range[1]}
-
-
-def evaluate(loss_type, arguments):
-    """(loss, gradient with respect to logprobs, metrics)."""
-    logprobs = arguments["logprobs"].clone().requires_grad_()
-    loss, metrics = grpo_loss(**(arguments | {"logprobs": logprobs}), loss_type=loss_type)
-    assert loss.shape == ()
-    loss.backward()
-    return loss.item(), logprobs.grad, {name: float(value) for name, value in metrics.items()}
+    return {
+        "logprobs": torch.tensor(case.logprobs),
+        "behavior_logprobs": torch.tensor(case.behavior),
+        "advantages": torch.tensor(case.advantages),
+        "weights": torch.tensor(case.weights),
+        "clip_low": case.clip[0],
+        "clip_high": case.clip[1],
+        "mask_ratio_low": case.mask_range[0],
+        "mask_ratio_high": case.mask_range[1],
+        "ref_logprobs": torch.tensor(case.ref),
+        "beta": case.beta,
+    }
 
 
 def one_token(loss_type, log_ratio, advantage, **knobs):
@@ -218,7 +424,13 @@ def per_token(arguments, change):
 
 
 def per_row(arguments, rows):
+    """The arguments of these rows alone."""
     return {k: v[rows] if isinstance(v, torch.Tensor) else v for k, v in arguments.items()}
+
+
+def only(arguments, b, tokens):
+    """The arguments of row b alone, and of its tokens those where `tokens` (T,) is True: (1, number of these)."""
+    return per_token(per_row(arguments, [b]), lambda x: x[:, tokens])
 
 
 def with_weights_of(loss_type, case):
@@ -229,18 +441,12 @@ def with_weights_of(loss_type, case):
 
 def assert_agree(loss_type, case, one, other):
     """Two (loss, gradient, ...) of a case agree, up to the rounding of sums that were taken in another order."""
-    tolerance = ROUNDING * oracle_loss(case, loss_type)[2]
+    tolerance = rounding(case, loss_type)
     assert one[0] == pytest.approx(other[0], rel=0, abs=tolerance)
     torch.testing.assert_close(one[1], other[1], rtol=0, atol=tolerance)
 
 
 # ---------------------------------------------------------------- advantages
-
-
-def test_advantages_of_one_success_in_four_by_hand():
-    """Mean 1/4, unbiased std 1/2: (1 - 1/4) / (1/2 + 1e-4). A biased std, or no epsilon, is another number."""
-    advantages = group_advantages(torch.tensor([1.0, 0.0, 0.0, 0.0]), None)
-    assert advantages.tolist() == pytest.approx([0.75 / 0.5001] + 3 * [-0.25 / 0.5001], rel=1e-6)  # float32 output
 
 
 @pytest.mark.parametrize("scale", ["group", "batch", "none"])
@@ -262,8 +468,8 @@ def test_advantages_match_the_oracle(scale, rewards, ids):
 @pytest.mark.parametrize("scale", ["group", "batch", "none"])
 @pytest.mark.parametrize("reward", [0.0, 0.1, 0.7, 1e6, -0.3])
 def test_a_group_of_equal_rewards_has_advantage_exactly_zero(reward, scale, dtype):
-    """Exact, whatever the value and the size: a mean that is off by a rounding becomes a real advantage once it is divided
-    (and the float64 mean of six times 0.1 is not 0.1). The second group has spread: the batch's std is not zero."""
+    """Exact, whatever the value and the size: a mean that is off by a rounding becomes a real advantage once it is
+    divided (and the float64 mean of six times 0.1 is not 0.1). The second group has spread: so has the batch."""
     for size in range(1, 12):
         rewards, ids = torch.tensor([reward] * size + [0.0, 1.0], dtype=dtype), torch.tensor([5] * size + [2, 2])
         advantages = group_advantages(rewards, ids, scale)
@@ -275,7 +481,8 @@ def test_a_group_of_equal_rewards_has_advantage_exactly_zero(reward, scale, dtyp
 @given(st.lists(grid(-4, 4), min_size=1, max_size=8), GROUP_IDS, st.integers(-(2**16), 2**16), SCALES)
 def test_a_constant_added_to_all_rewards_changes_no_advantage(rewards, ids, shift, scale):
     rewards, ids = torch.tensor(rewards), torch.tensor(ids[: len(rewards)])
-    before, after = (group_advantages(r, ids, scale) for r in (rewards, rewards + shift))  # exact: 17 bits + 6 binary places
+    moved = rewards + shift  # exact: 17 bits + 6 binary places
+    before, after = group_advantages(rewards, ids, scale), group_advantages(moved, ids, scale)
     torch.testing.assert_close(after, before, rtol=1e-6, atol=1e-6)  # float64 within; float32 would be off by 1e-2 here
 
 
@@ -315,8 +522,8 @@ def logit_tables(draw):
 @given(drawn=logit_tables(), temperature=st.sampled_from(TEMPERATURES))
 @settings(max_examples=60)
 def test_logprobs_and_entropies_match_the_oracle(dtype, drawn, temperature):
-    """bfloat16 logits meet the float32 tolerance too: the log-softmax and the division are float32. In bfloat16 they would
-    be off by 1e-2."""
+    """bfloat16 logits meet the float32 tolerance too: the log-softmax and the division are float32. In bfloat16 they
+    would be off by 1e-2."""
     logits, targets = torch.tensor(drawn[0]).to(dtype), torch.tensor(drawn[1])
     logprobs, entropies = token_logprobs(logits, targets, temperature)
     assert logprobs.dtype == entropies.dtype == torch.float32
@@ -329,7 +536,9 @@ def test_logprobs_and_entropies_match_the_oracle(dtype, drawn, temperature):
 @settings(max_examples=60)
 def test_gradient_of_logprobs_matches_finite_differences(drawn, temperature):
     logits, targets = torch.tensor(drawn[0], requires_grad=True), torch.tensor(drawn[1])
-    token_logprobs(logits, targets, temperature)[0].sum().backward()
+    logprobs, entropies = token_logprobs(logits, targets, temperature)
+    assert not entropies.requires_grad  # a metric: it holds no graph
+    logprobs.sum().backward()
     for row, target, gradient in zip(drawn[0], drawn[1], logits.grad.tolist()):
         for j, value in enumerate(gradient):
             up, down = (row[:j] + [row[j] + shift] + row[j + 1 :] for shift in (1e-5, -1e-5))
@@ -364,8 +573,8 @@ def test_extreme_logits_give_finite_numbers_and_gradients(dtype, temperature):
     logits = torch.tensor([[1e4, -1e4, 0.0], [1e4, -1e4, 0.0], [-1e4, -1e4, -1e4], [1e4, 1e4, 1e4]], dtype=dtype)
     logits.requires_grad_()
     logprobs, entropies = token_logprobs(logits, torch.tensor([0, 1, 2, 0]), temperature)
-    low = (logits[0, 1] - logits[0, 0]).item() / temperature  # the differences are exact also in bfloat16: 2 x one value
-    assert logprobs.tolist() == pytest.approx([0.0, low, -math.log(3), -math.log(3)], rel=1e-6)  # float32
+    gap = (logits[0, 1] - logits[0, 0]).item()  # exact also in bfloat16: 2 x one value
+    assert logprobs.tolist() == pytest.approx([0.0, gap / temperature, -math.log(3), -math.log(3)], rel=1e-6)  # float32
     assert entropies.tolist() == pytest.approx([0.0, 0.0, math.log(3), math.log(3)], abs=1e-6)  # float32, values near 1
     (logprobs.sum() + (entropies.sum() if entropies.requires_grad else 0.0)).backward()
     assert logits.grad.isfinite().all()
@@ -379,7 +588,45 @@ def test_each_position_of_any_leading_shape_is_scored_alone():
     for b, t in ((b, t) for b in range(2) for t in range(3)):
         logprob, entropy = token_logprobs(logits[b, t], targets[b, t], 0.6)
         assert logprob.shape == entropy.shape == ()
-        assert (logprob.item(), entropy.item()) == pytest.approx((logprobs[b, t].item(), entropies[b, t].item()), abs=1e-6)
+        assert logprob.item() == pytest.approx(logprobs[b, t].item(), abs=1e-6)  # the rounding of values near 1
+        assert entropy.item() == pytest.approx(entropies[b, t].item(), abs=1e-6)
+
+
+BANS = st.sets(st.integers(0, 7), max_size=8)
+
+
+@given(logit_tables(), st.sampled_from((0.5, *TEMPERATURES)), BANS)
+@settings(max_examples=60)
+def test_a_ban_takes_100_from_a_logit_before_the_temperature_divides(drawn, temperature, banned):
+    """As a server does with logit_bias -100. So a banned id is exp(-100 / temperature) times as likely as it would be;
+    it can still be scored, and its gradient is a number."""
+    (rows, targets), V = drawn, len(drawn[0][0])
+    banned = [i for i in banned if i < V - 1]  # the last id is always there to be sampled
+    logits = torch.tensor(rows, requires_grad=True)
+    logprobs, entropies = token_logprobs(logits, torch.tensor(targets), temperature, banned)
+    logprobs.sum().backward()
+    for b, target in enumerate(targets):
+        biased = [x - 100 if i in banned else x for i, x in enumerate(rows[b])]
+        logprob, entropy = oracle_softmax(biased, target, temperature)
+        # relative: a banned logit is as far down as 110 / 0.25 = 440, which float32 rounds by 440 * 6e-8 = 2.6e-5
+        assert logprobs[b].item() == pytest.approx(logprob, rel=1e-6, abs=LOGIT_ROUNDING)
+        assert entropies[b].item() == pytest.approx(entropy, abs=LOGIT_ROUNDING)
+        probabilities = [math.exp(oracle_softmax(biased, i, temperature)[0]) for i in range(V)]
+        slopes = [((i == target) - p) / temperature for i, p in enumerate(probabilities)]
+        assert logits.grad[b].tolist() == pytest.approx(slopes, abs=4 * LOGIT_ROUNDING)  # 1 / temperature: at most 4
+
+
+@given(logit_tables(), st.sampled_from((0.5, *TEMPERATURES)), BANS)
+@settings(max_examples=60)
+def test_the_others_are_scored_as_if_the_banned_ids_were_not_there(drawn, temperature, banned):
+    """What is left to 8 banned ids, at most 20 above the others, is 8 * exp((20 - 100) / 4) = 2e-8: below rounding."""
+    logits, V = torch.tensor(drawn[0]), len(drawn[0][0])
+    allowed = [i for i in range(V) if i not in banned or i == V - 1]
+    targets = torch.tensor(drawn[1]) % len(allowed)  # places among the allowed ids
+    banned = [i for i in range(V) if i not in allowed]
+    with_ban = token_logprobs(logits, torch.tensor(allowed)[targets], temperature, banned)
+    without = token_logprobs(logits[:, allowed], targets, temperature)
+    torch.testing.assert_close(with_ban, without, rtol=0, atol=LOGIT_ROUNDING)
 
 
 # ---------------------------------------------------------------- token weights
@@ -391,24 +638,74 @@ def test_each_position_of_any_leading_shape_is_scored_alone():
 @example(mask=[[0, 0, 0], [1, 1, 1]], max_tokens=3)  # an empty row adds nothing and still counts as a row
 @settings(max_examples=40)
 def test_weights_match_the_oracle(loss_type, mask, max_tokens):
-    expected = [[oracle_weight(mask, b, loss_type, max_tokens) if on else 0.0 for on in row] for b, row in enumerate(mask)]
     for dtype in (torch.bool, torch.long, torch.float32):
         weights = token_weights(torch.tensor(mask, dtype=dtype), loss_type, max_tokens=max_tokens)
         assert weights.dtype == torch.float32
-        for row, expected_row in zip(weights.tolist(), expected, strict=True):
-            assert row == pytest.approx(expected_row, rel=1e-6, abs=0.0)  # two float32 divisions; zeros are exact
+        for b, (row, trained) in enumerate(zip(weights.tolist(), mask, strict=True)):
+            expected = [oracle_weight(mask, b, loss_type, max_tokens) if on else 0.0 for on in trained]
+            assert row == pytest.approx(expected, rel=1e-6, abs=0.0)  # two float32 divisions; zeros are exact
+
+
+# ---------------------------------------------------------------- the parts of a loss, each by itself
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+@given(log_ratio=LOG_RATIOS, A=grid(-3, 3), logprob=grid(-8, -3), clip=st.sampled_from(CLIPS))
+@settings(max_examples=60)
+def test_the_policy_term_of_a_token_and_its_slopes_match_the_oracle(loss_type, log_ratio, A, logprob, clip):
+    """The slopes are those of the ratio and of the logprob, each by itself: CISPO has the second alone, the others have
+    the first. Terms are piecewise linear, so that a small step of the finite differences loses nothing but rounding."""
+    ratio, x = torch.tensor([[math.exp(log_ratio)]], requires_grad=True), torch.tensor([[logprob]], requires_grad=True)
+    term, binds = policy_term(loss_type, ratio, torch.tensor([[A]]), x, *clip)
+    slopes = torch.autograd.grad(term.sum(), (ratio, x), materialize_grads=True)
+
+    def oracle(ratio_step=0.0, logprob_step=0.0):
+        ratio_step = 0.0 if loss_type == "cispo" else ratio_step  # a constant factor: its gradient is stopped
+        return oracle_policy_term(loss_type, ratio.item() + ratio_step, A, logprob + logprob_step, clip)
+
+    of_ratio = (oracle(ratio_step=1e-6)[0] - oracle(ratio_step=-1e-6)[0]) / 2e-6
+    of_logprob = (oracle(logprob_step=1e-6)[0] - oracle(logprob_step=-1e-6)[0]) / 2e-6
+    assert (term.item(), binds.item()) == (pytest.approx(oracle()[0], rel=1e-6, abs=0.0), oracle()[1])  # 3 roundings
+    # 1e-7: float64 rounds a term of 60 by 7e-15, divided by the step
+    assert [slope.item() for slope in slopes] == pytest.approx([of_ratio, of_logprob], rel=1e-6, abs=1e-7)
+
+
+@given(mask=masks(), drawn=table(MAX_ROWS, MAX_TOKENS, LOG_RATIOS))
+@example(mask=[[0, 0], [1, 1]], drawn=[[1.0] * MAX_TOKENS] * MAX_ROWS)  # a row without a token has ratio 1
+@settings(max_examples=60)
+def test_the_ratio_of_a_row_is_the_geometric_mean_of_its_tokens_in_each_column(mask, drawn):
+    trained = torch.tensor(mask) > 0
+    log_ratio = torch.tensor(drawn)[: len(mask), : len(mask[0])].where(trained, 0.0)  # as grpo_loss hands it over
+    ratios = row_ratio(log_ratio, trained)
+    assert ratios.shape == trained.shape
+    for b, row in enumerate(ratios.tolist()):
+        log_ratios = [x for x, on in zip(drawn[b], mask[b]) if on]
+        expected = oracle_row_ratio(log_ratios) if log_ratios else 1.0
+        assert row == pytest.approx([expected] * len(row), rel=ROUNDING)  # float32, log-ratios up to 3
+
+
+@given(st.lists(grid(-20, 20), min_size=1, max_size=8))
+@example([0.0])  # equal policies: exactly 0
+def test_k3_matches_the_oracle_over_its_whole_range(gaps):
+    """Up to 20, where grpo_loss cuts the gap off. On the grid a gap that is not 0 is at least 1/64 and its k3 1e-4, so
+    that what cancels in the oracle's own float64 is 1e-12 of it."""
+    values = k3(torch.tensor(gaps))
+    assert values.dtype == torch.float32
+    assert values.tolist() == pytest.approx([oracle_k3(gap) for gap in gaps], rel=1e-6, abs=0.0)  # one rounding
+
+
+@given(mask=masks(), drawn=table(MAX_ROWS, MAX_TOKENS, LOG_RATIOS), junk=st.sampled_from([0.0, 1.0, NAN, INF, -INF]))
+@example(mask=[[0, 0]], drawn=[[1.0] * MAX_TOKENS] * MAX_ROWS, junk=NAN)  # the mean of nothing is 0
+@settings(max_examples=40)
+def test_a_masked_mean_is_that_of_the_values_under_the_mask_whatever_stands_elsewhere(mask, drawn, junk):
+    mask = torch.tensor(mask) > 0
+    values = torch.tensor(drawn)[: len(mask), : mask.shape[1]].where(mask, junk).requires_grad_()
+    result = masked_mean(values, mask)
+    assert not result.requires_grad
+    assert result.item() == pytest.approx(mean(values[mask].tolist() or [0.0]), rel=0, abs=3 * ROUNDING)  # values to 3
 
 
 # ---------------------------------------------------------------- losses: value, gradient, metrics
-
-
-def test_drawn_ratios_keep_clear_of_every_clip_and_mask_bound():
-    """What lets the tests below compare on both sides of a bound without a filter: the mean of n <= 5 log-ratios, all on
-    the grid, is further than a finite-difference step (1e-5 / n) and a rounding (1e-7) from the logarithm of each bound."""
-    bounds = [1 - low for low, _ in CLIPS] + [1 + high for _, high in CLIPS] + [0.5, 2.0, 0.1, 10.0]
-    for spacing in (1 / (64 * n) for n in range(1, MAX_TOKENS + 1)):
-        for place in (math.log(bound) / spacing for bound in bounds):
-            assert abs(place - round(place)) * spacing > 64 * spacing * 1e-5 + 1e-6
 
 
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
@@ -419,12 +716,23 @@ def test_drawn_ratios_keep_clear_of_every_clip_and_mask_bound():
 @settings(max_examples=60)
 def test_loss_gradient_and_metrics_match_the_oracle(loss_type, case):
     loss, gradient, metrics = evaluate(loss_type, tensors(case))
-    expected, expected_metrics, size = oracle_loss(case, loss_type)
-    assert loss == pytest.approx(expected, rel=0, abs=ROUNDING * size)
+    tolerance = rounding(case, loss_type)
+    assert loss == pytest.approx(oracle_loss(case, loss_type), rel=0, abs=tolerance)
     slopes = torch.tensor(oracle_gradient(case, loss_type))
-    torch.testing.assert_close(gradient, slopes, rtol=0, atol=ROUNDING * size + 1e-9)  # 1e-9: the finite differences
-    assert {name: metrics.get(name) for name in expected_metrics} == pytest.approx(expected_metrics, rel=1e-5, abs=1e-5)
-    assert ("kl" in metrics) == (case.beta > 0)  # above: ratios reach exp(3) = 20, which float32 rounds by 2e-6
+    torch.testing.assert_close(gradient, slopes, rtol=0, atol=tolerance + 1e-9)  # 1e-9: the finite differences
+    # ratios reach exp(3) = 20, which float32 rounds by 2e-6
+    assert metrics == pytest.approx(oracle_metrics(case, loss_type), rel=1e-5, abs=1e-5)
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+@pytest.mark.parametrize("beta", [0.0, 0.5])
+def test_where_nothing_is_trained_ratios_are_one_and_every_other_metric_is_zero(loss_type, beta):
+    """Whatever stands there: a run that reports means of nothing reports the numbers of a policy that has not moved."""
+    case = Case([[-1.0, NAN]], [[-5.0, INF]], [[-2.0, NAN]], [[0.0, 0.0]], [1.0], mask_range=(0.5, 2.0), beta=beta)
+    loss, gradient, metrics = evaluate(loss_type, tensors(case))
+    assert loss == 0.0 and not gradient.any()
+    zero = {"mismatch_kl", "logprob_difference", "clip_fraction", "masked_fraction"} | ({"kl"} if beta else set())
+    assert metrics == {"ratio_min": 1.0, "ratio_max": 1.0} | dict.fromkeys(zero, 0.0)
 
 
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
@@ -454,8 +762,8 @@ def test_ratio_one_gives_the_reinforce_gradient(loss_type, case):
 @pytest.mark.parametrize("advantage", [1.5, -1.5])
 @pytest.mark.parametrize("log_ratio", [0.5, -0.5])
 def test_clipping_stops_the_gradient_on_the_side_that_binds_only(loss_type, advantage, log_ratio):
-    """A good token is pushed up only to 1 + clip_high, a bad one down only to 1 - clip_low; on the other sides the policy has
-    to come back and the gradient is whole. CISPO keeps every token's gradient, bounded; `masked` clips nothing."""
+    """A good token is pushed up only to 1 + clip_high, a bad one down only to 1 - clip_low; on the other sides the
+    policy has to come back and the gradient is whole. CISPO keeps every gradient, bounded; `masked` clips nothing."""
     _, gradient, metrics = one_token(loss_type, log_ratio, advantage)
     ratio, binds = math.exp(log_ratio), log_ratio * advantage > 0
     if loss_type == "cispo":
@@ -499,8 +807,8 @@ def test_kl_is_zero_only_where_the_policies_agree_and_positive_elsewhere(logprob
 @pytest.mark.parametrize("gap", [1e-2, -1e-3, 1e-4, -1e-5, 1e-7])
 def test_kl_of_two_nearly_equal_policies_is_not_lost_in_rounding(gap):
     """In float32 exp(gap) - gap - 1 cancels to noise of either sign, just where an on-policy check has to look."""
-    arguments = tensors(Case([[0.0]], [[-gap]], [[gap]], [[1.0]], [0.0], beta=1.0))  # about 0 the gap is not rounded away
-    loss, gradient, metrics = evaluate("dapo", arguments)
+    case = Case([[0.0]], [[-gap]], [[gap]], [[1.0]], [0.0], beta=1.0)  # about 0 the gap is not rounded away
+    loss, gradient, metrics = evaluate("dapo", tensors(case))
     expected = gap**2 / 2 + gap**3 / 6 + gap**4 / 24  # the next term is 1e-8 of it at most
     assert (loss, metrics["kl"], metrics["mismatch_kl"]) == pytest.approx(3 * (expected,), rel=1e-6, abs=0.0)  # float32
     assert gradient.item() == pytest.approx(-math.expm1(gap), abs=1.2e-7)  # 1 - exp(gap): two float32 roundings of 1
@@ -534,8 +842,7 @@ def test_masked_tokens_can_be_deleted_physically(loss_type, case):
     total, summed = 0.0, torch.zeros_like(whole[1])
     for b, trained in enumerate(arguments["weights"] > 0):
         if trained.any():
-            row = per_token(per_row(arguments, [b]), lambda x: x[:, trained])  # (1, number of trained tokens)
-            loss, gradient, _ = evaluate(loss_type, row)
+            loss, gradient, _ = evaluate(loss_type, only(arguments, b, trained))
             total, summed[b, trained] = total + loss, gradient[0]
     assert_agree(loss_type, case, whole, (total, summed))
 
@@ -587,7 +894,7 @@ def test_row_order_never_matters(loss_type, case, order):
 @pytest.mark.parametrize("advantage", [1.5, -1.5, 0.0])
 @pytest.mark.parametrize("log_ratio", [1e3, -1e3, 85.0, -85.0, 3e38])
 def test_extreme_log_ratios_stay_finite_and_are_clipped_like_any_other(loss_type, advantage, log_ratio):
-    """exp(1e3) is infinite in float32 and 0 * inf is NaN; an ordinary second token in the row must not catch it either."""
+    """exp(1e3) is infinite in float32 and 0 * inf is NaN; an ordinary second token in the row must not catch it."""
     behavior, ref = [[-2.0 - log_ratio, -2.0]], [[-2.0 + log_ratio, -2.5]]
     case = Case([[-2.0, -2.0]], behavior, ref, [[0.5, 0.5]], [advantage], beta=0.5)
     for mask_range in MASK_RANGES:
@@ -596,6 +903,28 @@ def test_extreme_log_ratios_stay_finite_and_are_clipped_like_any_other(loss_type
     loss, gradient, _ = one_token(loss_type, log_ratio, advantage)
     if loss_type in MIN_CLIPPED and log_ratio * advantage > 0:
         assert (loss, gradient) == (pytest.approx(-advantage * (1.2 if log_ratio > 0 else 0.8), rel=1e-6), 0.0)
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_a_token_that_became_impossible_is_dropped_and_leaves_no_nan(loss_type):
+    """Its logprob is -inf, and so is CISPO's term: to lose it is to replace it, as 0 * inf is NaN."""
+    knobs = dict(logprobs=torch.tensor([[-INF]]), mask_ratio_low=0.1)
+    loss, gradient, metrics = one_token(loss_type, 0.0, 1.5, **knobs)
+    assert (loss, gradient, metrics["masked_fraction"]) == (0.0, 0.0, 1.0)
+    assert all(map(math.isfinite, metrics.values()))
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_log_ratio_counts_in_full_up_to_20_and_as_20_beyond(loss_type, sign):
+    """exp(20) is 5e8, beyond every clip: from there on the size says no more than that the policies have parted."""
+    for log_ratio, counted in ((19.0, 19.0), (20.0, 20.0), (21.0, 20.0), (1e3, 20.0)):
+        knobs = dict(beta=1.0, ref_logprobs=torch.tensor([[-2.0 + sign * log_ratio]]))
+        _, _, metrics = one_token(loss_type, sign * log_ratio, 1.0, **knobs)
+        expected = {"logprob_difference": counted, "ratio_max": math.exp(sign * counted)}
+        expected |= dict.fromkeys(("mismatch_kl", "kl"), oracle_k3(sign * counted))
+        # float32 holds these numbers but for exp(20), which it rounds relatively
+        assert {name: metrics[name] for name in expected} == pytest.approx(expected, rel=ROUNDING)
 
 
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)

@@ -14,7 +14,7 @@ import re
 import struct
 from collections import Counter
 from dataclasses import dataclass, fields, replace
-from functools import lru_cache
+from functools import cache
 
 import numpy as np
 import pytest
@@ -22,10 +22,12 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from torch import Tensor, nn
+from torch import nn
 
-from adapters import load_image
-from conftest import make_tiny
+import adapters
+from adapters import LlavaAdapter
+from conftest import make_tiny, make_trainer
+from media import load_image, take_spans
 from mm_grpo import (
     MultimodalAdapter,
     MultimodalBatch,
@@ -35,18 +37,21 @@ from mm_grpo import (
     grpo_loss,
     rollout_metrics,
     score,
-    shared_prefixes,
-    take_spans,
     token_weights,
 )
 from shapes_env import png_data_uri
-from tiny_vlm import FAMILIES
+from shared_prefix import find_shared_prompts
+from tiny_vlm import FAMILIES, make_tiny_vlm
 
-# Logprobs here are about -4, where float32 numbers lie 5e-7 apart, and batched matrix products sum in another order than
-# unbatched ones: 1.2e-6 was the most seen in 500 draws. Another picture moves them by more than 1e-3 (tested below).
+# Logprobs here are about -4, where float32 numbers lie 5e-7 apart, and batched matrix products sum in another order
+# than unbatched ones: 1.2e-6 was the most seen in 500 draws. Another picture moves them by more than 1e-3 (see below).
 SAME = dict(rtol=0, atol=1e-5)
 MODES = ("RGB", "RGBA", "L", "P", "LA")
-QUESTIONS = ("Which colour do you see ?", "Name the shape of the first picture and the colour of the second picture .", "")
+QUESTIONS = (
+    "Which colour do you see ?",
+    "Name the shape of the first picture and the colour of the second picture .",
+    "",
+)
 
 
 # ---------------------------------------------------------------- pictures, rollouts, batches
@@ -66,9 +71,13 @@ class Picture:
         pixels = rng.integers(0, 256, 4) + rng.integers(-60, 60, (self.height, self.width, 4))
         return Image.fromarray(pixels.clip(0, 255).astype(np.uint8), "RGBA").convert(self.mode)
 
-    @lru_cache(maxsize=None)
     def url(self) -> str:
-        return png_data_uri(self.image())
+        return url_of(self)
+
+
+@cache
+def url_of(picture: Picture) -> str:
+    return png_data_uri(picture.image())
 
 
 @dataclass(frozen=True)
@@ -103,9 +112,14 @@ def rollout(adapter, *turns):
         ids = trajectory[-1]["tokens"]["prompt_ids"] + trajectory[-1]["tokens"]["completion_ids"]
         history = [*history, {"role": "assistant", "content": "red"}]
     return {
-        "example_id": turns[0].example_id, "reward": turns[0].reward, "metrics": {}, "error": None, "is_truncated": False,
-        "stop_condition": "max_turns_reached", "trajectory": trajectory,
-    }  # fmt: skip
+        "example_id": turns[0].example_id,
+        "reward": turns[0].reward,
+        "metrics": {},
+        "error": None,
+        "is_truncated": False,
+        "stop_condition": "max_turns_reached",
+        "trajectory": trajectory,
+    }
 
 
 def build(adapter, samples, spoil=None):
@@ -129,7 +143,11 @@ sizes = st.integers(8, 120)
 shown = st.lists(st.builds(Picture, sizes, sizes, st.sampled_from(MODES), st.integers(0, 99)), max_size=3).map(tuple)
 completions = st.lists(st.integers(0, 99), min_size=1, max_size=6).map(tuple)
 samples = st.builds(Sample, shown, completions, st.sampled_from(QUESTIONS), st.integers(0, 3))
-ONE, OTHER, TWO = (Picture(60, 60, seed=1),), (Picture(60, 60, seed=9),), (Picture(30, 90, seed=2), Picture(110, 100, "LA", seed=3))
+ONE, OTHER, TWO = (
+    (Picture(60, 60, seed=1),),
+    (Picture(60, 60, seed=9),),
+    (Picture(30, 90, seed=2), Picture(110, 100, "LA", seed=3)),
+)
 TALL, WIDE = (Picture(8, 120, seed=4),), (Picture(120, 8, "P", seed=5),)
 MIXED = [Sample(TWO), Sample(()), Sample(ONE, (3,), QUESTIONS[1])]
 
@@ -149,7 +167,7 @@ def grouped(draw):
 
 
 def assert_rows_equal_plain(model, adapter, batch, pictures_of_rows):
-    """Each row scored in the batch, selected, and by the model's own forward: one row, one call of the image processor."""
+    """Each row scored in the batch, selected, and by the model's own forward: one row, its images processed at once."""
     in_batch = score(model, batch)
     for row, pictures in enumerate(pictures_of_rows):
         images = [load_image(picture.url()) for picture in pictures]
@@ -185,7 +203,9 @@ def padded_on_the_left(batch):
 
     names = ("input_ids", "attention_mask", "loss_mask", "behavior_logprobs")
     by_token = {name: roll(getattr(batch, name)) for name in names}
-    return replace(batch, **by_token, extra_model_kwargs={name: roll(t) for name, t in batch.extra_model_kwargs.items()})
+    return replace(
+        batch, **by_token, extra_model_kwargs={name: roll(t) for name, t in batch.extra_model_kwargs.items()}
+    )
 
 
 @torch.no_grad()
@@ -225,19 +245,21 @@ def test_score_agrees_with_the_scores_of_transformers_generate(tiny, share):
     rollouts, expected = [], []
     for sample in MIXED:
         prompt = adapter.encode_prompt(messages(sample))
-        output = model.generate(
-            **adapter.prompt_inputs([prompt]), max_new_tokens=8, do_sample=False,
-            suppress_tokens=adapter.placeholder_ids, output_scores=True, return_dict_in_generate=True,
-        )  # fmt: skip
+        greedy = dict(max_new_tokens=8, do_sample=False, suppress_tokens=adapter.placeholder_ids)
+        reported = dict(output_scores=True, return_dict_in_generate=True)
+        output = model.generate(**adapter.prompt_inputs([prompt]), **greedy, **reported)
         chosen = output.sequences[0, len(prompt.ids) :]
         logprobs = torch.cat(output.scores).double().log_softmax(-1)  # (C, V)
         expected += 2 * [logprobs.gather(-1, chosen[:, None])[:, 0].float()]
         rollouts += 2 * [rollout(adapter, sample)]  # a group of two
-        rollouts[-1]["trajectory"][0]["tokens"] |= {"completion_ids": chosen.tolist(), "completion_logprobs": [-1.0] * len(chosen)}
+        rollouts[-1]["trajectory"][0]["tokens"] |= {
+            "completion_ids": chosen.tolist(),
+            "completion_logprobs": [-1.0] * len(chosen),
+        }
     batch = adapter.build_batch({"outputs": rollouts, "metadata": {}})
-    prefixes = shared_prefixes(model, batch, adapter.placeholder_ids) if share else None
-    assert share == (prefixes is not None)
-    logprobs, _ = score(model, batch, 1.0, adapter.placeholder_ids, prefixes)
+    shared_prompts = find_shared_prompts(model, batch, adapter.placeholder_ids) if share else None
+    assert share == (shared_prompts is not None)
+    logprobs, _ = score(model, batch, 1.0, adapter.placeholder_ids, shared_prompts)
     for row, values in enumerate(expected):
         torch.testing.assert_close(logprobs[row][batch.loss_mask[row, 1:] == 1], values, **SAME)
 
@@ -245,10 +267,10 @@ def test_score_agrees_with_the_scores_of_transformers_generate(tiny, share):
 # ---------------------------------------------------------------- a prompt that is run once
 
 
-def values_and_gradients(model, adapter, batch, prefixes):
+def values_and_gradients(model, adapter, batch, shared_prompts):
     """Logprobs and entropies of the trained tokens, and each parameter's gradient of a fixed random sum of them."""
     trained = batch.loss_mask[:, 1:] != 0
-    values = torch.stack([v[trained] for v in score(model, batch, 0.7, adapter.placeholder_ids, prefixes)])
+    values = torch.stack([v[trained] for v in score(model, batch, 0.7, adapter.placeholder_ids, shared_prompts)])
     if not values.requires_grad:
         return values, {}
     (values * torch.randn(values.shape, generator=torch.Generator().manual_seed(0))).sum().backward()
@@ -258,13 +280,32 @@ def values_and_gradients(model, adapter, batch, prefixes):
 
 
 def zero_in_exact_arithmetic(name):
-    """A key's bias adds the same to all scores of a query, which the softmax removes: its gradient is rounding noise. Not
-    where positions rotate the keys after the bias (the language models, Qwen's tower): there it counts."""
+    """A key's bias adds the same to all scores of a query, which the softmax removes: its gradient is rounding noise.
+    Not where positions rotate the keys after the bias (the language models, Qwen's tower): there it counts."""
     return "vision_tower" in name and name.endswith("k_proj.bias")
 
 
+@st.composite
+def sharing(draw):
+    """Groups of rows, and behind them one more row of a prompt that is there already."""
+    rows = draw(grouped())
+    return [*rows, replace(draw(st.sampled_from(rows)), completion=draw(completions))]
+
+
+def drop_some(batch, rows, untrained, seed):
+    """The batch with that share of its sampled tokens not trained. Each row keeps one, and the rows of the last row's
+    prompt keep their first: what stands before it is what they share."""
+    generator = torch.Generator().manual_seed(seed)
+    loss_mask = batch.loss_mask * (torch.rand(batch.loss_mask.shape, generator=generator) >= untrained)
+    for row, sample in enumerate(rows):
+        of_last = (sample.pictures, sample.question) == (rows[-1].pictures, rows[-1].question)
+        if of_last or not loss_mask[row].any():
+            loss_mask[row, batch.loss_mask[row].argmax()] = 1
+    return replace(batch, loss_mask=loss_mask)
+
+
 @settings(max_examples=40)
-@given(grouped(), st.integers(0, 99), st.sampled_from([0.0, 0.3]))
+@given(sharing(), st.integers(0, 99), st.sampled_from([0.0, 0.3]))
 @example([Sample(TWO, (1,)), Sample(TWO, (2, 3, 4, 5))], 0, 0.0)  # nothing to run after the prompt in one of the rows
 @example([Sample(ONE, (1,)), Sample(ONE, (2,))], 0, 0.0)  # in none
 @example([Sample(ONE, (1, 2)), Sample((), (3,), QUESTIONS[1]), Sample(ONE, (4,))], 0, 0.0)  # one prompt has no image
@@ -273,16 +314,15 @@ def zero_in_exact_arithmetic(name):
 def test_running_a_shared_prompt_once_changes_no_logprob_entropy_or_gradient(tiny, rows, seed, untrained):
     """`untrained` is the share of completion tokens that are not trained on, as a tool's words between two turns."""
     model, adapter = tiny
-    batch = build(adapter, rows)
-    kept = torch.rand(batch.loss_mask.shape, generator=torch.Generator().manual_seed(seed)) >= untrained
-    batch = replace(batch, loss_mask=batch.loss_mask * kept)
-    prefixes = shared_prefixes(model, batch, adapter.placeholder_ids)
-    if prefixes is None:
-        return  # rows that share nothing: nothing to compare
+    batch = drop_some(build(adapter, rows), rows, untrained, seed)
+    shared_prompts = find_shared_prompts(model, batch, adapter.placeholder_ids)
+    ids = [ids[: mask.argmax()].tolist() for ids, mask in zip(batch.input_ids, batch.loss_mask)]
+    distinct = {(sample.pictures, *before) for sample, before in zip(rows, ids)}  # what stands before a trained token
+    assert len(shared_prompts.lengths) == len(distinct) < len(rows)
     plain, plain_gradients = values_and_gradients(model, adapter, batch, None)
-    shared, shared_gradients = values_and_gradients(model, adapter, batch, prefixes)
+    shared, shared_gradients = values_and_gradients(model, adapter, batch, shared_prompts)
     with torch.no_grad():  # as the reference policy is scored
-        frozen, _ = values_and_gradients(model, adapter, batch, prefixes)
+        frozen, _ = values_and_gradients(model, adapter, batch, shared_prompts)
     torch.testing.assert_close(shared, plain, rtol=0, atol=2e-5)  # SAME, magnified by the temperature of 0.7
     torch.testing.assert_close(frozen, shared, rtol=0, atol=0)
     assert shared_gradients.keys() == plain_gradients.keys()
@@ -296,12 +336,18 @@ def test_running_a_shared_prompt_once_changes_no_logprob_entropy_or_gradient(tin
 
 def test_distinct_prompts_are_run_once_each_with_their_images(tiny):
     model, adapter = tiny
-    rows = [Sample(ONE, (1,)), Sample(TWO, (1,)), Sample(ONE, (2, 3)), Sample(ONE, (4,), QUESTIONS[1]), Sample(TWO, (5,))]
-    prefixes = shared_prefixes(model, build(adapter, rows), adapter.placeholder_ids)
-    assert prefixes.owner.tolist() == [0, 1, 0, 2, 1]
+    rows = [
+        Sample(ONE, (1,)),
+        Sample(TWO, (1,)),
+        Sample(ONE, (2, 3)),
+        Sample(ONE, (4,), QUESTIONS[1]),
+        Sample(TWO, (5,)),
+    ]
+    shared_prompts = find_shared_prompts(model, build(adapter, rows), adapter.placeholder_ids)
+    assert shared_prompts.prompt_of_row.tolist() == [0, 1, 0, 2, 1]
     encoded = [adapter.encode_prompt(messages(sample)) for sample in rows]
-    assert prefixes.lengths.tolist() == [len(prompt.ids) for prompt in encoded]
-    expected, actual = adapter.prompt_inputs([encoded[0], encoded[1], encoded[3]]), prefixes.prompts.model_inputs()
+    assert shared_prompts.lengths.tolist() == [len(encoded[row].ids) for row in (0, 1, 3)]
+    expected, actual = adapter.prompt_inputs([encoded[0], encoded[1], encoded[3]]), shared_prompts.model_inputs()
     assert expected.keys() == actual.keys() and all(torch.equal(actual[name], expected[name]) for name in expected)
 
 
@@ -310,12 +356,16 @@ def test_distinct_prompts_are_run_once_each_with_their_images(tiny):
 def test_nothing_of_one_batch_is_left_when_another_is_scored(tiny, share):
     """Models with M-RoPE keep what they found out about the last prompt's images (`rope_deltas`)."""
     model, adapter = tiny
-    batches = [build(adapter, 2 * rows) for rows in ([Sample(TWO + ONE)], [Sample(())], [Sample(TALL, (2, 3)), Sample(ONE)])]
-    prefixes = [shared_prefixes(model, batch, adapter.placeholder_ids) if share else None for batch in batches]
-    first = [score(model, batch, prefixes=shared)[0] for batch, shared in zip(batches, prefixes)]
+    batches = [
+        build(adapter, 2 * rows) for rows in ([Sample(TWO + ONE)], [Sample(())], [Sample(TALL, (2, 3)), Sample(ONE)])
+    ]
+    shared_prompts = [
+        find_shared_prompts(model, batch, adapter.placeholder_ids) if share else None for batch in batches
+    ]
+    first = [score(model, batch, shared=shared)[0] for batch, shared in zip(batches, shared_prompts)]
     for before, after in ((2, 0), (1, 2), (0, 1), (1, 0)):
-        score(model, batches[before], prefixes=prefixes[before])
-        assert torch.equal(score(model, batches[after], prefixes=prefixes[after])[0], first[after])
+        score(model, batches[before], shared=shared_prompts[before])
+        assert torch.equal(score(model, batches[after], shared=shared_prompts[after])[0], first[after])
 
 
 def stored_by_row(batch):
@@ -331,7 +381,9 @@ def two_turns_with_images(adapter):
 
 CANNOT_SHARE = {  # (model, adapter, batch) -> batch
     "padded on the left": lambda model, adapter, batch: padded_on_the_left(batch),
-    "a row not trained": lambda model, adapter, batch: replace(batch, loss_mask=batch.loss_mask * torch.tensor([[1], [0], [1]])),
+    "a row not trained": lambda model, adapter, batch: replace(
+        batch, loss_mask=batch.loss_mask * torch.tensor([[1], [0], [1]])
+    ),
     "media stored by row": lambda model, adapter, batch: stored_by_row(batch),
     "an image in a later turn": lambda model, adapter, batch: two_turns_with_images(adapter),
     "no prompt twice": lambda model, adapter, batch: batch.select([0, 2]),
@@ -344,14 +396,14 @@ CANNOT_SHARE = {  # (model, adapter, batch) -> batch
 def test_what_cannot_share_prompts_is_left_to_the_plain_forward(tiny, change):
     model, adapter = make_tiny("qwen" if "qwen" in tiny[0].config.model_type else "llava")  # one that may be changed
     batch = build(adapter, [Sample(ONE), Sample(ONE, (1, 2, 3, 4, 5)), Sample(OTHER, (1,))])
-    assert shared_prefixes(model, batch, adapter.placeholder_ids) is not None
+    assert find_shared_prompts(model, batch, adapter.placeholder_ids) is not None
     batch = CANNOT_SHARE[change](model, adapter, batch)
-    assert shared_prefixes(model, batch, adapter.placeholder_ids) is None
+    assert find_shared_prompts(model, batch, adapter.placeholder_ids) is None
 
 
 def test_a_model_without_a_key_value_cache_shares_no_prompts():
     model, batch = format_case("flat patches")
-    assert shared_prefixes(model, batch.select([0, 0]), ()) is None
+    assert find_shared_prompts(model, batch.select([0, 0]), ()) is None
 
 
 # ---------------------------------------------------------------- placeholders are features
@@ -368,22 +420,26 @@ def test_two_images_none_and_one_belong_to_the_rows_that_showed_them(tiny):
     assert images.diff(dim=-1).flatten().tolist() == [2, 0, 1]
 
 
-CHANGES = {  # of a message's parts, or of the prompt's ids
-    "an image lost": lambda parts, ids, placeholder: parts.pop(0),
-    "an image too many": lambda parts, ids, placeholder: parts.insert(0, messages(Sample(WIDE))[0]["content"][0]),
-    "a placeholder lost": lambda parts, ids, placeholder: ids.remove(placeholder),
-    "a placeholder too many": lambda parts, ids, placeholder: ids.insert(1, placeholder),
+CHANGES = {  # of a message's parts, or of the prompt's ids; rows of MIXED where it can happen: the second has no image
+    "an image lost": (lambda parts, ids, placeholder: parts.pop(0), (0, 2)),
+    "an image too many": (
+        lambda parts, ids, placeholder: parts.insert(0, messages(Sample(WIDE))[0]["content"][0]),
+        (0, 1, 2),
+    ),
+    "a placeholder lost": (lambda parts, ids, placeholder: ids.remove(placeholder), (0, 2)),
+    "a placeholder too many": (lambda parts, ids, placeholder: ids.insert(1, placeholder), (0, 1, 2)),
 }
 
 
-def spoil(adapter, rollout, change):
+def spoil(adapter, rollout, name):
     turn = rollout["trajectory"][0]
-    CHANGES[change](turn["prompt"][0]["content"], turn["tokens"]["prompt_ids"], adapter.image_token_id)
+    change, _ = CHANGES[name]
+    change(turn["prompt"][0]["content"], turn["tokens"]["prompt_ids"], adapter.image_token_id)
     images = adapter.encode_prompt(turn["prompt"]).images
     return turn["tokens"]["prompt_ids"].count(adapter.image_token_id), sum(image.num_tokens for image in images)
 
 
-@pytest.mark.parametrize("change, row", [(change, row) for change in CHANGES for row in range(3) if row != 1 or "many" in change])
+@pytest.mark.parametrize(("change", "row"), [(name, row) for name, (_, rows) in CHANGES.items() for row in rows])
 def test_placeholders_that_are_not_the_images_features_are_an_error_with_both_counts(tiny, change, row):
     _, adapter = tiny
     held, features = spoil(adapter, rollout(adapter, MIXED[row]), change)
@@ -394,10 +450,13 @@ def test_placeholders_that_are_not_the_images_features_are_an_error_with_both_co
 
 def test_two_rows_whose_wrong_counts_cancel_are_an_error(tiny):
     _, adapter = tiny
+
+    def spoil_both(rollouts):
+        spoil(adapter, rollouts[0], "a placeholder lost")
+        spoil(adapter, rollouts[2], "a placeholder too many")
+
     with pytest.raises(ValueError, match="rollout 0: "):
-        build(adapter, MIXED, lambda rollouts: [
-            spoil(adapter, rollouts[0], "a placeholder lost"), spoil(adapter, rollouts[2], "a placeholder too many"),
-        ])  # fmt: skip
+        build(adapter, MIXED, spoil_both)
 
 
 def test_a_placeholder_in_the_text_of_a_message_is_an_error(tiny):
@@ -411,7 +470,7 @@ def test_a_rollout_that_sampled_a_placeholder_is_dropped_and_the_others_keep_the
     def sample_a_placeholder(rollouts):
         rollouts[1]["trajectory"][0]["tokens"]["completion_ids"][0] = adapter.placeholder_ids[-1]
 
-    with pytest.warns(UserWarning, match=r"1 of 4 .*rollout 1 .*placeholder"):
+    with pytest.warns(UserWarning, match=r"1 of 4 .*rollout 1 .*sampled the media placeholder.*logit_bias"):
         batch = build(adapter, [Sample(TWO), Sample(ONE), Sample(()), Sample(TALL)], sample_a_placeholder)
     assert batch.rollout_ids.tolist() == [0, 2, 3]
     assert_rows_equal_plain(model, adapter, batch, [TWO, (), TALL])
@@ -422,31 +481,29 @@ def test_a_rollout_that_sampled_a_placeholder_is_dropped_and_the_others_keep_the
 
 @pytest.fixture(scope="module", params=[(family, count) for family in FAMILIES for count in (1, 2)], ids=str)
 def conversations(request):
-    """(trainer, outputs, batch) of 32 rollouts of two turns, with one or two pictures in the first; tests must leave the
-    weights as they are. The stop token is likelier than they say: some replies end with it, others are cut off."""
+    """(trainer, outputs, batch) of 32 rollouts of two turns, with one or two pictures in the first; tests must leave
+    the weights as they are. The stop token is likelier than they say: some replies end with it, others are cut off."""
     family, images_per_prompt = request.param
-    model, adapter = make_tiny(family)
-    head = nn.Linear(*model.lm_head.weight.T.shape)
-    head.weight.data.copy_(model.lm_head.weight)
-    head.bias.data.zero_()[adapter.tokenizer.eos_token_id] = 2.5
-    model.lm_head = head
-    config = MultimodalRLConfig(rollouts_per_step=32, rollouts_per_example=4, micro_batch_size=3, max_tokens=3)
-    trainer = MultimodalGRPOTrainer(model, adapter.tokenizer, adapter, config)
-    trainer.set_environment("shapes-env", turns=2, images_per_prompt=images_per_prompt, num_train_examples=8, num_eval_examples=1)
-    outputs = trainer.collect()
-    return trainer, outputs, adapter.build_batch(outputs)
+    env = dict(turns=2, images_per_prompt=images_per_prompt, num_train_examples=8, num_eval_examples=1)
+    small = dict(rollouts_per_step=32, rollouts_per_example=4, micro_batch_size=3, max_tokens=3)
+    trainer = make_trainer(family, env, favoured="eos_token_id", by=2.5, **small)
+    outputs = trainer.rollouts.collect()
+    return trainer, outputs, trainer.adapter.build_batch(outputs)
 
 
 def pictures_of(trainer, example_id):
     """What the adapter makes of the pictures of the first question and of the second, as the dataset has them."""
     row = trainer.env.get_dataset()[example_id]
     first = [part["image_url"]["url"] for part in row["prompt"][0]["content"] if part["type"] == "image_url"]
-    return [[trainer.adapter.image_input(load_image(url)) for url in urls] for urls in (first, [row["info"]["next_picture"]])]
+    return [
+        [trainer.adapter.process_image(load_image(url)) for url in urls]
+        for urls in (first, [row["info"]["next_picture"]])
+    ]
 
 
 def test_a_conversation_is_one_row_with_all_its_pictures_where_its_ids_go_on_and_two_rows_where_not(conversations):
-    """The second prompt holds the first reply's text. Special tokens are left out of a text, so a reply with one of them
-    before its end comes back as other ids than were sampled; every other reply must go on in its row."""
+    """The second prompt holds the first reply's text. Special tokens are left out of a text, so a reply with one of
+    them before its end comes back as other ids than were sampled; every other reply must go on in its row."""
     trainer, outputs, batch = conversations
     adapter, kinds = trainer.adapter, Counter()
     for i, rollout in enumerate(outputs["outputs"]):
@@ -482,15 +539,22 @@ def test_both_turns_of_a_conversation_are_on_policy(conversations):
     """The server saw each turn by itself, behind a cache; the trainer scores both at once, in one row or in two."""
     trainer, outputs, batch = conversations
     with torch.no_grad():
-        logprobs, _ = trainer.score(trainer.model, batch, None)
+        logprobs, _ = trainer.policy(batch)
     trained = batch.loss_mask[:, 1:] == 1
     # float32 sums in another order, off by some 1e-6; another picture moves logprobs by more than 1e-3 (tested above)
     torch.testing.assert_close(logprobs[trained], batch.behavior_logprobs[:, 1:][trained], rtol=0, atol=1e-4)
-    said = [value for rollout in outputs["outputs"] for turn in rollout["trajectory"] for value in turn["tokens"]["completion_logprobs"]]
-    assert sorted(batch.behavior_logprobs[:, 1:][trained].tolist()) == pytest.approx(sorted(said), rel=1e-6)  # each once, as float32
+    said = [
+        value
+        for rollout in outputs["outputs"]
+        for turn in rollout["trajectory"]
+        for value in turn["tokens"]["completion_logprobs"]
+    ]
+    held = batch.behavior_logprobs[:, 1:][trained].tolist()
+    assert sorted(held) == pytest.approx(sorted(said), rel=1e-6)  # each once, as float32
     other = MultimodalGRPOTrainer(copy.deepcopy(trainer.model), trainer.tokenizer, trainer.adapter, trainer.config)
     metrics = other.update(batch)
-    assert 1 - 1e-4 <= metrics["ratio_min"] <= metrics["ratio_max"] <= 1 + 1e-4 and metrics["trained_tokens"] == len(said)
+    assert 1 - 1e-4 <= metrics["ratio_min"] <= metrics["ratio_max"] <= 1 + 1e-4
+    assert metrics["trained_tokens"] == len(said)
 
 
 def test_the_first_reply_hears_of_the_first_pictures_alone_and_the_second_reply_of_all(conversations):
@@ -502,8 +566,9 @@ def test_the_first_reply_hears_of_the_first_pictures_alone_and_the_second_reply_
     start, stop = batch.media_spans["pixel_values"][row].tolist()
     assert stop - start == one + two
     logprobs, _ = score(trainer.model, batch.select([row]))
-    replies = [turn["tokens"]["completion_ids"] for turn in rollout["trajectory"]]
-    for of_reply, end in zip(logprobs[batch.loss_mask[[row], 1:] == 1].split([len(reply) for reply in replies]), (start + one, stop)):
+    lengths = [len(turn["tokens"]["completion_ids"]) for turn in rollout["trajectory"]]
+    of_replies = logprobs[batch.loss_mask[[row], 1:] == 1].split(lengths)
+    for of_reply, end in zip(of_replies, (start + one, stop)):
         (gradient,) = torch.autograd.grad(of_reply.sum(), batch.pixel_values, retain_graph=True)
         assert (gradient.flatten(1).abs().sum(-1) > 0).nonzero().flatten().tolist() == list(range(start, end))
 
@@ -516,9 +581,9 @@ def test_a_rows_loss_reaches_all_of_its_own_images_and_no_others(tiny, share):
     model, adapter = tiny
     rows = [*MIXED, Sample(TALL), Sample(TWO, (1, 2))]
     batch = with_pixel_gradient(build(adapter, rows))
-    prefixes = shared_prefixes(model, batch, adapter.placeholder_ids) if share else None
+    shared_prompts = find_shared_prompts(model, batch, adapter.placeholder_ids) if share else None
     for row, sample in enumerate(rows):
-        logprobs, _ = score(model, batch, prefixes=prefixes)
+        logprobs, _ = score(model, batch, shared=shared_prompts)
         (gradient,) = torch.autograd.grad(logprobs[row][batch.loss_mask[row, 1:] == 1].sum(), batch.pixel_values)
         reached = gradient.flatten(1).abs().sum(-1) > 0  # (patches or images,)
         start, stop = batch.media_spans["pixel_values"][row].tolist()
@@ -543,7 +608,7 @@ def test_rows_without_advantage_send_no_gradient_to_their_images(tiny):
 def test_a_groups_images_are_stored_once_and_collect_the_gradient_of_all_its_rows(tiny):
     model, adapter = tiny
     rows = [Sample(TWO, (1, 2)), Sample(ONE, (9,)), Sample(TWO, (3, 4)), Sample(TWO, (5,))]
-    batch, alone = with_pixel_gradient(build(adapter, rows)), [with_pixel_gradient(build(adapter, [row])) for row in rows]
+    batch, *alone = (with_pixel_gradient(build(adapter, some)) for some in (rows, *([row] for row in rows)))
     owned = batch.media_spans["pixel_values"].tolist()
     assert owned[0] == owned[2] == owned[3] != owned[1]
     assert len(batch.pixel_values) == len(alone[0].pixel_values) + len(alone[1].pixel_values)
@@ -560,7 +625,7 @@ def test_a_groups_images_are_stored_once_and_collect_the_gradient_of_all_its_row
 
 def small_batch(extra=None, **changes):
     """B = 3, L = 5; pixels by row, features by spans, kinds by token."""
-    return MultimodalBatch(**dict(
+    good = dict(
         input_ids=torch.arange(15).reshape(3, 5),
         attention_mask=torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0], [1, 1, 1, 1, 0]]),
         loss_mask=torch.tensor([[0, 0, 0, 1, 1], [0, 1, 1, 0, 0], [0, 0, 1, 0, 0]]),
@@ -572,18 +637,24 @@ def small_batch(extra=None, **changes):
         media_spans={"features": torch.tensor([[0, 2], [2, 2], [3, 4]])},
         rollout_ids=torch.tensor([0, 1, 2]),
         is_truncated=torch.tensor([False, False, True]),
-    ) | changes)  # fmt: skip
+    )
+    return MultimodalBatch(**{**good, **changes})
 
 
 def spans(*rows):
     return {"media_spans": {"features": torch.tensor(rows)}}
 
 
+BY_TOKEN = ("attention_mask", "loss_mask", "behavior_logprobs")
+BY_ROW = ("rewards", "group_ids", "rollout_ids", "is_truncated")
 BAD = [  # what is wrong, and what the message must say: field, expected, actual
-    *[({name: torch.zeros(3, 6)}, name, "(3, 5)", "(3, 6)") for name in ("attention_mask", "loss_mask", "behavior_logprobs")],
-    *[({name: torch.zeros(4)}, name, "(3,)", "(4,)") for name in ("rewards", "group_ids", "rollout_ids", "is_truncated")],
-    *[({name: torch.zeros(3, 1)}, name, "(3,)", "(3, 1)") for name in ("rewards", "group_ids", "rollout_ids", "is_truncated")],
-    *[({name: [0, 1, 2]}, name, "a tensor", "list") for name in ("input_ids", "loss_mask", "rewards", "rollout_ids", "pixel_values")],
+    *[({name: torch.zeros(3, 6)}, name, "(3, 5)", "(3, 6)") for name in BY_TOKEN],
+    *[({name: torch.zeros(4)}, name, "(3,)", "(4,)") for name in BY_ROW],
+    *[({name: torch.zeros(3, 1)}, name, "(3,)", "(3, 1)") for name in BY_ROW],
+    *[
+        ({name: [0, 1, 2]}, name, "a tensor", "list")
+        for name in ("input_ids", "loss_mask", "rewards", "rollout_ids", "pixel_values")
+    ],
     ({"attention_mask": None}, "attention_mask", "(3, 5)", "NoneType"),
     ({"input_ids": torch.arange(15)}, "input_ids", "(B, L)", "(15,)"),
     ({"input_ids": torch.zeros(3, 5, 1, dtype=torch.long)}, "input_ids", "(B, L)", "(3, 5, 1)"),
@@ -599,16 +670,17 @@ BAD = [  # what is wrong, and what the message must say: field, expected, actual
     (spans([0, 2], [-1, 2], [3, 4]), "media_spans['features']", "0 <= start", "[-1, 2]"),
     (spans([0, 2], [2, 1], [3, 4]), "media_spans['features']", "start <= stop", "[2, 1]"),
     ({"media_spans": {"pictures": torch.zeros(3, 2)}}, "media_spans['pictures']", "features", "'pictures'"),
-    ({"loss_mask": torch.tensor([[0, 0, 0, 1, 1], [0, 1, 1, 1, 0], [0, 0, 1, 0, 0]])}, "loss_mask", "0 on padding", "1 on a padded"),
+    ({"loss_mask": torch.tensor([[0, 1, 1, 1, 0]] * 3)}, "loss_mask", "0 on padding", "1 on a padded"),
     ({"loss_mask": torch.tensor([[1, 0, 0, 0, 0]] * 3)}, "loss_mask", "0 at position 0", "1 there"),
     ({"rewards": torch.tensor([0.0, float("inf"), 1.0])}, "rewards", "finite", "inf"),
     ({"behavior_logprobs": torch.full((3, 5), float("nan"))}, "behavior_logprobs", "finite", "NaN"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("changes, field, expected, actual", BAD, ids=[f"{i}-{bad[1]}" for i, bad in enumerate(BAD)])
 def test_an_impossible_batch_is_refused_by_field_expected_and_actual(changes, field, expected, actual):
-    with pytest.raises(ValueError, match=rf"^{re.escape(field)}: expected .*{re.escape(expected)}.* got .*{re.escape(actual)}"):
+    field, expected, actual = map(re.escape, (field, expected, actual))
+    with pytest.raises(ValueError, match=rf"^{field}: expected .*{expected}.* got .*{actual}"):
         small_batch(**changes)
 
 
@@ -618,13 +690,14 @@ def all_tensors(batch):
     return {**named, **extra, **{f"spans of {name}": t for name, t in spans.items()}}
 
 
-def test_to_moves_every_tensor_and_len_counts_rows(monkeypatch):
-    batch, moved, move = small_batch(), [], Tensor.to
-    monkeypatch.setattr(Tensor, "to", lambda tensor, device: moved.append(tensor.data_ptr()) or move(tensor, device))
-    there = batch.to(torch.device("cpu"))
-    assert sorted(moved) == sorted(tensor.data_ptr() for tensor in all_tensors(batch).values())
-    assert all(torch.equal(all_tensors(there)[name], tensor) for name, tensor in all_tensors(batch).items())
-    assert len(batch) == len(there) == 3 and len(batch.select([2])) == 1
+def test_to_moves_every_tensor_but_the_spans_and_len_counts_rows():
+    """Spans are read by Python, row by row: on a GPU each look at one would wait for it."""
+    batch = small_batch()
+    elsewhere, here = batch.to(torch.device("meta")), batch.to("cpu")  # a device without data, and where they are
+    for name, tensor in all_tensors(batch).items():
+        assert all_tensors(elsewhere)[name].device.type == ("cpu" if name.startswith("spans of") else "meta"), name
+        assert all_tensors(elsewhere)[name].shape == tensor.shape and torch.equal(all_tensors(here)[name], tensor)
+    assert len(batch) == len(elsewhere) == len(here) == 3 and len(batch.select([2])) == 1
 
 
 @settings(max_examples=25)
@@ -639,7 +712,10 @@ def test_selected_rows_are_the_batch_that_is_built_of_them(tiny, rows, data):
     L = built.input_ids.shape[1]
 
     def content(batch):
-        named = {name: getattr(batch, name) for name in ("loss_mask", "behavior_logprobs", "rewards", "group_ids", "is_truncated")}
+        named = {
+            name: getattr(batch, name)
+            for name in ("loss_mask", "behavior_logprobs", "rewards", "group_ids", "is_truncated")
+        }
         spans = {f"spans of {name}": spans for name, spans in batch.media_spans.items() if len(batch.media[name])}
         named |= batch.model_inputs() | spans
         return {name: t[:, :L] if t.shape == batch.input_ids.shape else t for name, t in named.items()}
@@ -656,7 +732,8 @@ def test_selected_rows_are_the_batch_that_is_built_of_them(tiny, rows, data):
 
 IMAGE, VOCABULARY, WIDTH, FEATURES = 1, 20, 16, 12  # IMAGE: the placeholder, one an image
 IMAGES = torch.tensor([2, 0, 1, 1, 3])  # of each row, where they are stored as spans
-GRIDS = torch.tensor([[1, 2, 2], [1, 1, 3], [1, 4, 2], [1, 1, 1], [2, 1, 1], [1, 2, 1], [1, 1, 2]])  # patches of each image
+# patches of each image
+GRIDS = torch.tensor([[1, 2, 2], [1, 1, 3], [1, 4, 2], [1, 1, 1], [2, 1, 1], [1, 2, 1], [1, 1, 2]])
 SIZES = torch.tensor([[2, 2], [4, 2], [2, 6], [4, 4], [2, 2], [2, 4], [6, 2]])  # in pixels; a tile is 2 x 2
 TILES = (SIZES // 2).prod(-1)
 
@@ -673,13 +750,14 @@ def sum_of_images(images, pixels, sizes, edge=1):
     return pixels.new_zeros(len(images), FEATURES).index_add(0, owner, pixels.flatten(1))
 
 
-# What a model makes of its media, (B, FEATURES) or by token (B, L, FEATURES); the media; how many of their rows are an image's,
-# where they are stored as spans.
+# What a model makes of its media, (B, FEATURES) or by token (B, L, FEATURES); the media; how many of their rows are an
+# image's, where they are stored as spans.
 FORMATS = {
     "(B, C, H, W)": (lambda images, pixel_values: pixel_values.flatten(1), {"pixel_values": noise(5, 3, 2, 2)}, {}),
     "(B, N, C, H, W)": (
         lambda images, pixel_values: (pixel_values[:, 0] - 2 * pixel_values[:, 1]).flatten(1),
-        {"pixel_values": noise(5, 2, 3, 2, 2)}, {},
+        {"pixel_values": noise(5, 2, 3, 2, 2)},
+        {},
     ),
     "grayscale": (lambda images, pixel_values: pixel_values.flatten(1), {"pixel_values": noise(5, 1, 3, 4)}, {}),
     "flat patches": (
@@ -692,16 +770,25 @@ FORMATS = {
         {"pixel_values": noise(int(TILES.sum()), 3, 2, 2), "image_sizes": SIZES},
         {"pixel_values": TILES, "image_sizes": torch.ones(7, dtype=torch.long)},
     ),
-    "image embeddings": (lambda images, image_embeddings: image_embeddings.sum(1), {"image_embeddings": noise(5, 4, 12)}, {}),
+    "image embeddings": (
+        lambda images, image_embeddings: image_embeddings.sum(1),
+        {"image_embeddings": noise(5, 4, 12)},
+        {},
+    ),
     "aspect ratios": (
-        lambda images, pixel_values, aspect_ratios: pixel_values.flatten(1) * aspect_ratios[:, :1] + aspect_ratios[:, 1:],
-        {"pixel_values": noise(5, 3, 2, 2), "aspect_ratios": noise(5, 2)}, {},
+        lambda images, pixel_values, aspect_ratios: (
+            pixel_values.flatten(1) * aspect_ratios[:, :1] + aspect_ratios[:, 1:]
+        ),
+        {"pixel_values": noise(5, 3, 2, 2), "aspect_ratios": noise(5, 2)},
+        {},
     ),
     "by token": (
-        lambda images, token_features: token_features.unsqueeze(-1).expand(-1, -1, FEATURES), {"token_features": noise(5, 9)}, {},
+        lambda images, token_features: token_features.unsqueeze(-1).expand(-1, -1, FEATURES),
+        {"token_features": noise(5, 9)},
+        {},
     ),
     "audio": (lambda images, input_features: input_features.mean(-1), {"input_features": noise(5, 12, 30)}, {}),
-}  # fmt: skip
+}
 
 
 class AnyVLM(nn.Module):
@@ -841,9 +928,38 @@ def test_what_is_no_image_is_an_error_that_names_image_url(url):
         load_image(url)
 
 
-@pytest.mark.parametrize("size", [(8, 8), (8, 120), (120, 8), (1, 100), (100, 3), (8, 1500), (1000, 10), (119, 61), (300, 200)])
+@pytest.mark.parametrize(
+    "size", [(8, 8), (8, 120), (120, 8), (1, 100), (100, 3), (8, 1500), (1000, 10), (119, 61), (300, 200)]
+)
 def test_placeholders_are_as_many_as_the_vision_tower_gives_features(tiny, size):
     model, adapter = tiny
-    image = adapter.image_input(Picture(*size).image())
+    image = adapter.process_image(Picture(*size).image())
     features = model.get_image_features(**image.tensors).pooler_output
     assert image.num_tokens == sum(part.flatten(0, -2).shape[0] for part in features)
+
+
+@torch.no_grad()
+def test_a_llava_that_keeps_the_class_token_has_a_placeholder_for_it_and_scores_like_the_plain_model():
+    model, tokenizer, image_processor = make_tiny_vlm("llava")
+    model.config.vision_feature_select_strategy = "full"  # the published checkpoints say "default": without it
+    adapter = LlavaAdapter(tokenizer, image_processor, model.config)
+    image = adapter.process_image(Picture().image())
+    (features,) = model.get_image_features(**image.tensors).pooler_output
+    assert image.num_tokens == len(features) == 1 + 2 * 2  # 56 x 56 pixels are 2 x 2 patches
+    assert_rows_equal_plain(model, adapter, build(adapter, MIXED), [sample.pictures for sample in MIXED])
+
+
+def test_processed_images_are_kept_within_a_bound_of_bytes_the_oldest_go_first(tiny, monkeypatch):
+    """They were kept by number, 64 of them: 18 GB of a phone's photos, and too few of small ones."""
+    _, adapter = tiny
+    adapter = type(adapter)(adapter.tokenizer, adapter.image_processor, adapter.model_config)  # keeps none yet
+    urls = [Picture(56, 56, seed=seed).url() for seed in range(5)]
+    one = adapter.processed(urls[0])
+    monkeypatch.setattr(adapters, "PROCESSED_BYTES", int(2.5 * one.nbytes))
+    kept = [adapter.processed(url) for url in urls]
+    assert kept[0] is one and len(adapter.kept) == 2 and adapter.kept_bytes == 2 * one.nbytes
+    assert adapter.processed(urls[-1]) is kept[-1]  # not made again
+    again = adapter.processed(urls[0])  # made again, the same
+    assert again is not one and torch.equal(again.tensors["pixel_values"], one.tensors["pixel_values"])
+    monkeypatch.setattr(adapters, "PROCESSED_BYTES", 1)
+    assert adapter.processed(urls[2]) is adapter.processed(urls[2])  # one is kept, however large

@@ -6,28 +6,26 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import verifiers as vf
+from datasets import Dataset
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
 
 from adapters import ADAPTERS
-from conftest import make_tiny
+from conftest import make_trainer
 from mm_grpo import DEMO, MultimodalGRPOTrainer, MultimodalRLConfig
 
 HERE = Path(__file__).parent
 COMMAND = [sys.executable, str(HERE / "mm_grpo.py")]
 
 
-def make_trainer(family: str, env_args: dict | None = None, seed: int = 0, **config) -> MultimodalGRPOTrainer:
+def make_demo(family: str, env: dict | None = None, seed: int = 0, **settings) -> MultimodalGRPOTrainer:
     """A trainer with the settings of the command line's demonstration run."""
-    model, adapter = make_tiny(family, seed=seed)
-    settings = MultimodalRLConfig(**{**DEMO, "seed": seed, **config})
-    trainer = MultimodalGRPOTrainer(model=model, tokenizer=adapter.tokenizer, adapter=adapter, config=settings)
-    trainer.set_environment("shapes-env", **{"num_eval_examples": 128, **(env_args or {})})
-    return trainer
+    return make_trainer(family, {"num_eval_examples": 128, **(env or {})}, seed=seed, **{**DEMO, **settings})
 
 
 def run(*arguments: str, cwd: Path) -> str:
@@ -44,14 +42,14 @@ def run(*arguments: str, cwd: Path) -> str:
 @pytest.fixture(scope="module")
 def trained() -> MultimodalGRPOTrainer:
     """A Qwen2-VL after 160 steps of the demonstration run (of 400; the README has the full runs' numbers)."""
-    trainer = make_trainer("qwen")
+    trainer = make_demo("qwen")
     for _ in range(160):
         trainer.step()
     return trainer
 
 
 def test_a_random_model_answers_at_chance_and_learns_to_see(trained):
-    untrained = make_trainer("qwen").evaluate()
+    untrained = make_demo("qwen").evaluate()
     assert untrained["exact"] <= 0.10
     seen = trained.evaluate()
     # chance is 1/4 for the colour, 1/3 for the shape and 1/12 for both
@@ -64,9 +62,8 @@ def test_a_trained_policy_falls_to_chance_when_images_are_swapped(trained):
     rows = env.get_eval_dataset().to_list()
     prompts = [row["prompt"] for row in rows]
     swapped = [{**row, "prompt": prompt} for row, prompt in zip(rows, prompts[1:] + prompts[:1])]
-    from datasets import Dataset
-
-    trained.set_environment(vf.SingleTurnEnv(eval_dataset=Dataset.from_list(swapped), rubric=env.rubric, parser=env.parser))
+    swapped = vf.SingleTurnEnv(eval_dataset=Dataset.from_list(swapped), rubric=env.rubric, parser=env.parser)
+    trained.set_environment(swapped)
     blind = trained.evaluate()
     trained.set_environment(env)
     # 128 draws at 1/12: mean 0.083, standard deviation 0.024; at 1/4: 0.038; at 1/3: 0.042. Bounds at 4 deviations.
@@ -74,7 +71,7 @@ def test_a_trained_policy_falls_to_chance_when_images_are_swapped(trained):
 
 
 def test_nothing_is_learned_where_there_is_nothing_to_see():
-    trainer = make_trainer("qwen", env_args={"blind": True})
+    trainer = make_demo("qwen", env={"blind": True})
     for _ in range(100):
         trainer.step()
     result = trainer.evaluate()
@@ -83,7 +80,7 @@ def test_nothing_is_learned_where_there_is_nothing_to_see():
 
 
 def test_llava_learns_to_see_colours():
-    trainer = make_trainer("llava")
+    trainer = make_demo("llava")
     for _ in range(80):
         trainer.step()
     assert trainer.evaluate()["colour"] >= 0.5  # chance 0.25
@@ -95,7 +92,7 @@ def test_llava_learns_to_see_colours():
 @pytest.mark.parametrize("family", ADAPTERS)
 def test_every_first_update_is_on_policy(family):
     """The trainer's probability of each sampled token is the server's, to 1e-4, after every update; images included."""
-    trainer = make_trainer(family, rollouts_per_step=32, env_args={"num_train_examples": 64, "images_per_prompt": 2})
+    trainer = make_demo(family, rollouts_per_step=32, env={"num_train_examples": 64, "images_per_prompt": 2})
     for _ in range(6):
         metrics = trainer.step()
         assert abs(metrics["ratio_min"] - 1) <= 1e-4 and abs(metrics["ratio_max"] - 1) <= 1e-4
@@ -103,26 +100,27 @@ def test_every_first_update_is_on_policy(family):
 
 
 def test_a_temperature_keeps_the_policy_on_policy():
-    trainer = make_trainer("qwen", rollouts_per_step=32, temperature=0.6, env_args={"num_train_examples": 64})
+    trainer = make_demo("qwen", rollouts_per_step=32, temperature=0.6, env={"num_train_examples": 64})
     metrics = trainer.step()
     assert abs(metrics["ratio_min"] - 1) <= 1e-4 and abs(metrics["ratio_max"] - 1) <= 1e-4
 
 
 def test_the_same_seed_gives_the_same_metrics():
     def metrics(seed):
-        trainer = make_trainer("qwen", seed=seed, rollouts_per_step=32, env_args={"num_train_examples": 64})
+        trainer = make_demo("qwen", seed=seed, rollouts_per_step=32, env={"num_train_examples": 64})
         steps = [trainer.step() for _ in range(3)]
         return [{name: value for name, value in step.items() if not name.startswith("seconds")} for step in steps]
 
-    # the same completions; but a group's requests may arrive in another order, and float32 sums of them differ by some 1e-7
+    # the same completions; but a group's requests may arrive in another order, and float32 sums of them differ by some
+    # 1e-7
     first, again, other = metrics(0), metrics(0), metrics(1)
     close = [pytest.approx(step, rel=1e-3, abs=1e-5) for step in first]
     assert again == close and other != close
 
 
 def test_a_mismatch_is_a_warning_that_names_its_causes():
-    trainer = make_trainer("qwen", rollouts_per_step=16, env_args={"num_train_examples": 16})
-    batch = trainer.adapter.build_batch(trainer.collect())
+    trainer = make_demo("qwen", rollouts_per_step=16, env={"num_train_examples": 16})
+    batch = trainer.adapter.build_batch(trainer.rollouts.collect())
     batch.behavior_logprobs[batch.loss_mask != 0] -= 1.0
     with pytest.warns(UserWarning, match="images lost.*processed_logprobs.*generation-config"):
         trainer.update(batch)
@@ -130,8 +128,8 @@ def test_a_mismatch_is_a_warning_that_names_its_causes():
 
 def test_a_lost_image_shows_as_mismatch():
     """Why the check exists: the same tokens scored with other pixels are not on-policy, and mismatch_kl says so."""
-    trainer = make_trainer("qwen", rollouts_per_step=16, env_args={"num_train_examples": 16})
-    batch = trainer.adapter.build_batch(trainer.collect())
+    trainer = make_demo("qwen", rollouts_per_step=16, env={"num_train_examples": 16})
+    batch = trainer.adapter.build_batch(trainer.rollouts.collect())
     batch.pixel_values = torch.zeros_like(batch.pixel_values)
     with pytest.warns(UserWarning, match="images lost"):
         assert trainer.update(batch)["mismatch_kl"] > 1e-6  # on-policy it is below 1e-10
@@ -153,13 +151,12 @@ def test_the_command_line_trains_and_leaves_a_checkpoint_that_loads(tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(out / "checkpoint")
     AutoImageProcessor.from_pretrained(out / "checkpoint")
     # and the checkpoint can be trained on, by name
-    screen = run("--adapter", "llava", "--model", "out/checkpoint", "--max_steps", "1", "--eval_examples", "0", "--max_tokens", "3",
-                 "--rollouts_per_step", "16", "--output_dir", "again", cwd=tmp_path)  # fmt: skip
+    arguments = "--adapter llava --model out/checkpoint --max_steps 1 --eval_examples 0 --max_tokens 3".split()
+    screen = run(*arguments, "--rollouts_per_step", "16", "--output_dir", "again", cwd=tmp_path)
     assert type(model).__name__ in screen and tokenizer.eos_token == "</s>"
     # an earlier run is never overwritten
-    again = subprocess.run(
-        [*COMMAND, "--adapter", "llava", "--max_steps", "1", "--output_dir", "out"], cwd=tmp_path, capture_output=True, text=True
-    )
+    command = [*COMMAND, "--adapter", "llava", "--max_steps", "1", "--output_dir", "out"]
+    again = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert again.returncode != 0 and "holds an earlier run" in again.stderr
 
 
@@ -196,15 +193,16 @@ def test_the_adapter_of_the_readme_trains(tmp_path, monkeypatch):
     exec(compile(example, "README.md", "exec"), names)
     code = [line for line in example.splitlines() if line.strip() and not line.strip().startswith("#")]
     assert len(code) <= 30
-    source = make_trainer("llava", rollouts_per_step=16, env_args={"num_train_examples": 16})
-    outputs = source.collect()
+    source = make_demo("llava", rollouts_per_step=16, env={"num_train_examples": 16})
+    outputs = source.rollouts.collect()
 
     class MeanColour(torch.nn.Module):
         """Predicts every token from the mean colour of the picture and the token before."""
 
         def __init__(self):
             super().__init__()
-            self.embed, self.look, self.head = torch.nn.Embedding(100, 16), torch.nn.Linear(3, 16), torch.nn.Linear(16, 100)
+            self.embed, self.look = torch.nn.Embedding(100, 16), torch.nn.Linear(3, 16)
+            self.head = torch.nn.Linear(16, 100)
 
         def forward(self, input_ids, attention_mask, pixel_values):
             return self.head(torch.tanh(self.embed(input_ids) + self.look(pixel_values.mean((-1, -2)))[:, None]))
@@ -213,7 +211,8 @@ def test_the_adapter_of_the_readme_trains(tmp_path, monkeypatch):
     trainer = MultimodalGRPOTrainer(MeanColour(), source.tokenizer, adapter, source.config, server=source.server)
     batch = adapter.build_batch(outputs)
     assert batch.pixel_values.shape[1:] == (3, 32, 32) and len(batch) == 16
+    batch = replace(batch, rewards=torch.arange(4.0).repeat(4))  # of each group of four
     before = trainer.model.look.weight.clone()
     with pytest.warns(UserWarning, match="disagree"):  # another model sampled these completions
-        trainer.update(batch)
-    assert not torch.equal(before, trainer.model.look.weight) or not bool((batch.rewards != batch.rewards[0]).any())
+        metrics = trainer.update(batch)
+    assert metrics["zero_spread_fraction"] == 0 and not torch.equal(before, trainer.model.look.weight)

@@ -1,0 +1,296 @@
+"""Tests of the settings: what is impossible is refused by name, and every one changes something that can be seen.
+
+pytest test_config.py
+"""
+
+import json
+import math
+import re
+import warnings
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Literal, get_args, get_origin, get_type_hints
+
+import pytest
+import torch
+
+from conftest import make_tiny
+from local_server import LocalServer
+from mm_grpo import LOSS_TYPES, MultimodalGRPOTrainer, MultimodalRLConfig, main
+
+INF, NAN = math.inf, math.nan
+HERE = Path(__file__).parent
+
+# ---------------------------------------------------------------- what cannot be
+
+IMPOSSIBLE = {
+    **dict.fromkeys(("learning_rate", "temperature", "max_grad_norm"), (0.0, -1.0, INF, NAN, "1", True)),
+    **dict.fromkeys(("generation_timeout", "vllm_server_timeout"), (0.0, -1.0, INF, NAN)),
+    **dict.fromkeys(("updates_per_batch", "micro_batch_size", "max_tokens", "log_every_steps"), (0, -1, 1.0, True)),
+    "max_concurrent": (0, -1, 7),  # of a group's 8 rollouts
+    **dict.fromkeys(("max_steps", "eval_examples", "sync_to_vllm_every"), (-1, 0.5)),
+    **dict.fromkeys(("weight_decay", "clip_high", "beta"), (-0.1, NAN)),
+    "rollouts_per_example": (1, 0), "rollouts_per_step": (0, 4, 12), "clip_low": (-0.1, 1.0, NAN),
+    "mask_ratio_low": (-0.1, 1.1, NAN), "mask_ratio_high": (0.9, NAN), "mismatch_threshold": (0.0, NAN, "much"),
+    "on_mismatch": ("stop",), "vllm_server_port": (0, 65536), "loss_type": ("ppo",), "scale_rewards": ("both",),
+    "env_args": ("{", "red", [1], 7), "bf16": ("yes", 1), "seed": (0.5, "x"), "output_dir": (None, 3),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in IMPOSSIBLE.items() for value in values])
+def test_an_impossible_setting_is_refused_with_its_name_and_value(name, value):
+    with pytest.raises(ValueError) as error:
+        MultimodalRLConfig(**{name: value})
+    assert str(error.value).startswith(f"{name}={value!r}: must ")
+
+
+def test_every_number_and_choice_of_the_config_has_a_rule():
+    kinds = get_type_hints(MultimodalRLConfig)  # without the bounds
+    ruled = {name for name, kind in kinds.items() if kind in (int, float) or get_origin(kind) is Literal}
+    assert set(IMPOSSIBLE) >= ruled and get_args(kinds["loss_type"]) == LOSS_TYPES
+
+
+def test_settings_on_the_edge_of_the_possible_are_taken():
+    MultimodalRLConfig(mask_ratio_low=0.0, mask_ratio_high=INF, clip_high=INF)
+    MultimodalRLConfig(
+        clip_low=0.0, clip_high=0.0, mask_ratio_low=1.0, mask_ratio_high=1.0, beta=0.0, weight_decay=0.0, max_steps=0,
+        eval_examples=0, sync_to_vllm_every=0, rollouts_per_example=2, rollouts_per_step=2, vllm_server_port=65535,
+    )  # fmt: skip
+
+
+def test_a_whole_number_is_taken_where_a_number_is_asked_for():
+    assert MultimodalRLConfig(learning_rate=1, beta=0).learning_rate == 1
+
+
+def test_env_args_are_the_same_as_a_dict_and_as_json():
+    as_json, as_dict = MultimodalRLConfig(env_args='{"blind": true}'), MultimodalRLConfig(env_args={"blind": True})
+    assert as_json.env_args == as_dict.env_args == {"blind": True}
+    assert MultimodalRLConfig(env_args=None).env_args == MultimodalRLConfig(env_args="{}").env_args == {}
+    with pytest.raises(ValueError, match="env_args.*must be a JSON object"):
+        MultimodalRLConfig(env_args="[1]")
+
+
+# ---------------------------------------------------------------- what each setting does
+
+
+class Counted(LocalServer):
+    """A server that the trainer takes for one with weights of its own, and that counts the updates of them."""
+
+    shares_weights = False
+    updates = 0
+
+    def sync(self, model):
+        self.updates += 1
+
+
+def trainer(server=None, **settings):
+    """A tiny Qwen2-VL on the shapes, two prompts of four completions a step."""
+    model, adapter = make_tiny("qwen")
+    small = dict(rollouts_per_step=8, rollouts_per_example=4, max_tokens=3, learning_rate=1e-3, eval_examples=2)
+    config = MultimodalRLConfig(**{**small, **settings})
+    made = MultimodalGRPOTrainer(model, adapter.tokenizer, adapter, config, server=server and server(model, adapter))
+    made.set_environment("shapes-env", num_train_examples=8, num_eval_examples=8)
+    return made
+
+
+def collected(**settings):
+    return trainer(**settings).rollouts.collect()["outputs"]
+
+
+def completion_length(rollout):
+    return len(rollout["trajectory"][0]["tokens"]["completion_ids"])
+
+
+def stepped(**settings):
+    made = trainer(**settings)
+    return made, made.step()
+
+
+def moved(off_policy=0.0, **settings):
+    """How far the weights go in an update on one batch, off-policy by the spread of these log-ratios; digits that the
+    order of float32 sums does not touch."""
+    made = trainer(**{"mismatch_threshold": 1e3, "max_grad_norm": 1e6, **settings})
+    batch = made.adapter.build_batch(made.rollouts.collect())
+    uneven = batch.loss_mask.clone()
+    uneven[1, uneven[1].nonzero()[-1]] = 0  # rows of one length have the same mean in every loss
+    noise = torch.randn(batch.behavior_logprobs.shape, generator=torch.Generator().manual_seed(0))
+    batch = replace(
+        batch,
+        rewards=torch.tensor([0.0, 1.0, 2.0, 4.0, 0.0, 0.1, 0.0, 0.1]),
+        loss_mask=uneven,
+        behavior_logprobs=batch.behavior_logprobs - off_policy * noise * batch.loss_mask,
+    )
+    with torch.no_grad():
+        made.model.lm_head.weight.mul_(1.2)  # away from the reference
+    seen = []
+    flat = lambda *_: seen.append(torch.cat([p.grad.flatten() for p in made.model.parameters() if p.grad is not None]))
+    made.optimizer.register_step_pre_hook(flat)
+    before = made.model.lm_head.weight.detach().clone()
+    made.update(batch)
+    return [f"{seen[0].norm():.4g}", f"{(made.model.lm_head.weight - before).abs().max():.3g}", len(seen)]
+
+
+def in_flight(**settings):
+    """The most completions that grow together."""
+    made, sizes = trainer(rollouts_per_step=16, **settings), []
+    made.model.register_forward_pre_hook(lambda _, a, kwargs: sizes.append(len(kwargs["input_ids"])), with_kwargs=True)
+    made.rollouts.collect()
+    return max(sizes)
+
+
+def forwards(**settings):
+    """Forward passes of the policy in an update."""
+    made = trainer(**settings)
+    batch = made.adapter.build_batch(made.rollouts.collect())
+    calls = []
+    made.policy.register_forward_hook(lambda *_: calls.append(1))
+    made.update(batch)
+    return len(calls)
+
+
+def precision(**settings):
+    """The type of what comes out of the head, in sampling and in training."""
+    made, types = trainer(**settings), []
+    made.model.lm_head.register_forward_hook(lambda module, args, output: types.append(output.dtype))
+    outputs = made.rollouts.collect()
+    sampling, types[:] = set(types), []
+    made.policy.head_is_last = True  # or finding that out would count
+    made.update(made.adapter.build_batch(outputs))
+    return sampling, set(types)
+
+
+def complaints(**settings):
+    """What an update says of a batch that another policy sampled."""
+    made = trainer(**settings)
+    batch = made.adapter.build_batch(made.rollouts.collect())
+    batch.behavior_logprobs -= 0.5 * batch.loss_mask
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        try:
+            made.update(batch)
+        except RuntimeError:
+            return "the end"
+    return len(said)
+
+
+def run(tmp_path_factory, **settings):
+    """The folder of a run."""
+    folder = tmp_path_factory.mktemp("run") / "out"
+    trainer(**{"output_dir": str(folder), "max_steps": 2, "eval_examples": 0, **settings}).train()
+    return folder
+
+
+def lines(folder):
+    return len((folder / "metrics.jsonl").read_text().splitlines())
+
+
+def updates(**settings):
+    made = trainer(server=Counted, mismatch_threshold=1e3, **settings)
+    lags = [made.step()["lag"] for _ in range(4)]
+    return made.server.updates, lags
+
+
+def refusal(*arguments):
+    """What the command line ends with."""
+    with pytest.raises((Exception, SystemExit)) as error:
+        main(["--adapter", "qwen", "--max_steps", "0", *arguments])
+    return re.sub(r"[\d.]+ s", "", str(error.value))
+
+
+def no_server(**settings):
+    with pytest.raises(TimeoutError) as error:
+        trainer(**{"vllm_server_host": "127.0.0.1", "vllm_server_port": 9, "vllm_server_timeout": 0.1, **settings})
+    return str(error.value)
+
+
+def refused(**settings):
+    try:
+        trainer(**settings)
+    except ValueError as error:
+        return str(error)
+
+
+OFF = dict(off_policy=1.0)  # log-ratios on both sides of the clip and, some, of a narrow mask
+# setting: (value, another one, what is to be seen of it: a function of the setting; where it is known, what is seen)
+EFFECTS = {
+    "learning_rate": (1e-3, 2e-3, lambda **s: moved(**s)[1], ["0.001", "0.002"]),  # AdamW's first step has that length
+    "weight_decay": (0.0, 0.5, lambda **s: moved(**s)[1]),
+    "rollouts_per_step": (8, 16, lambda **s: len(collected(**s)), [8, 16]),
+    "rollouts_per_example": (4, 2, lambda **s: len({r["example_id"] for r in collected(**s)}), [2, 4]),
+    "updates_per_batch": (1, 3, lambda **s: moved(**s)[2], [1, 3]),
+    "micro_batch_size": (8, 4, forwards, [1, 2]),
+    "share_prefix": (True, False, lambda **s: stepped(**s)[1]["shared_prefix_fraction"], [1.0, 0.0]),
+    "temperature": (1.0, 0.3, lambda **s: round(stepped(**s)[1]["entropy"], 2)),
+    "max_tokens": (3, 5, lambda **s: max(map(completion_length, collected(**s))), [3, 5]),
+    "max_concurrent": (512, 8, in_flight, [16, 8]),
+    "primary_reward_key": ("reward", "form", lambda **s: {r["reward"] for r in collected(rollouts_per_step=64, **s)}),
+    "eval_examples": (2, 3, lambda **s: len(trainer(**s).rollouts.evaluate()["outputs"]), [2, 3]),
+    "sync_to_vllm_every": (1, 2, updates, [(5, [0, 0, 0, 0]), (3, [0, 1, 0, 1])]),
+    "async_rollouts": (False, True, refused),
+    "clip_low": (0.2, 0.9, lambda **s: moved(**OFF, **s)[0]),
+    "clip_high": (0.2, 3.0, lambda **s: moved(**OFF, **s)[0]),
+    "mask_ratio_low": (0.0, 0.9, lambda **s: moved(**OFF, **s)[0]),
+    "mask_ratio_high": (10.0, 1.1, lambda **s: moved(**OFF, **s)[0]),
+    "beta": (0.0, 1.0, lambda **s: moved(**s)[0]),
+    "scale_rewards": ("group", "none", lambda **s: moved(**s)[0]),
+    "mask_truncated_completions": (False, True, lambda **s: stepped(**s)[1]["trained_tokens"] > 12, [True, False]),
+    "max_grad_norm": (1e6, 0.01, lambda **s: moved(**s)[0]),
+    "mismatch_threshold": (0.4, 0.6, complaints, [1, 0]),
+    "on_mismatch": ("warn", "error", complaints, [1, "the end"]),
+    "bf16": (False, True, precision, [2 * ({torch.float32},), 2 * ({torch.bfloat16},)]),
+    "seed": (0, 1, lambda **s: [r["example_id"] for r in collected(**s)]),
+    "vllm_server_host": ("127.0.0.1", "localhost", no_server),
+    "vllm_server_port": (9, 10, no_server),
+    "vllm_server_timeout": (0.1, 0.2, no_server),
+}  # fmt: skip
+LOSS_EFFECTS = {loss_type: lambda **s: moved(**OFF, max_tokens=4, **s)[0] for loss_type in LOSS_TYPES}
+# What needs a folder, a command line or a real server has a test of its own, here or in test_vllm.py
+ELSEWHERE = {
+    "output_dir": "test_a_run_writes_where_it_is_told_as_often_as_it_is_told",
+    "max_steps": "test_a_run_writes_where_it_is_told_as_often_as_it_is_told",
+    "log_every_steps": "test_a_run_writes_where_it_is_told_as_often_as_it_is_told",
+    "env_id": "test_the_environment_and_its_arguments_are_those_of_the_command_line",
+    "env_args": "test_the_environment_and_its_arguments_are_those_of_the_command_line",
+    "loss_type": "test_each_loss_type_is_another_loss",
+    "generation_timeout": "test_a_request_that_takes_too_long_fails_alone_and_is_not_taken_for_a_lost_server",
+    "weight_sync_dir": "test_the_weights_file_is_replaced_whole_under_the_folder_that_is_named",
+}
+
+
+@pytest.mark.parametrize("name", EFFECTS)
+def test_a_setting_changes_what_it_says(name):
+    """A setting that nothing reads is a lie to the user; so is one that is read and thrown away."""
+    value, other, see, *known = EFFECTS[name]
+    seen = [see(**{name: value}), see(**{name: other})]
+    assert seen[0] != seen[1]
+    if known:
+        assert seen == known[0]
+
+
+def test_each_loss_type_is_another_loss():
+    seen = {loss_type: see(loss_type=loss_type) for loss_type, see in LOSS_EFFECTS.items()}
+    assert len(set(seen.values())) == len(LOSS_TYPES), seen
+
+
+def test_every_setting_has_its_effect_tested():
+    settings = {f.name for f in fields(MultimodalRLConfig)}
+    assert settings == set(EFFECTS) | set(ELSEWHERE) and not set(EFFECTS) & set(ELSEWHERE)
+    written = "".join((HERE / name).read_text() for name in ("test_config.py", "test_vllm.py"))
+    assert all(f"def {test}(" in written for test in ELSEWHERE.values())
+    assert all(f.metadata["help"] for f in fields(MultimodalRLConfig))
+
+
+def test_a_run_writes_where_it_is_told_as_often_as_it_is_told(tmp_path_factory):
+    often, seldom = run(tmp_path_factory, max_steps=3), run(tmp_path_factory, max_steps=4, log_every_steps=2)
+    assert lines(often) == 3 and lines(seldom) == 2
+    assert sorted(path.name for path in often.iterdir()) == ["checkpoint", "config.json", "curves.png", "metrics.jsonl"]
+    assert json.loads((seldom / "config.json").read_text())["log_every_steps"] == 2
+
+
+def test_the_environment_and_its_arguments_are_those_of_the_command_line(tmp_path):
+    out = ["--output_dir", str(tmp_path / "out")]
+    assert "no-such-env" in refusal("--env_id", "no-such-env", *out)
+    assert "image_size=3" in refusal("--env_args", '{"image_size": 3}', *out)
+    assert "colour" in refusal(
+        "--primary_reward_key", "style", "--eval_examples", "2", *out
+    )  # shapes-env's own metrics

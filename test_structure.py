@@ -1,0 +1,133 @@
+"""Tests of the shape of the project: a method that can be read in a sitting, rooms that know only what is below them.
+
+    pytest test_structure.py
+
+The bounds are promises of the README; what would break one needs a room of its own, or to be made simpler.
+"""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+# What a room of the project may import of it when it runs (imports for types alone are free). Order: from the top down.
+MAY_IMPORT = {
+    "mm_grpo": {
+        *("checkpoint", "checks", "local_server", "media", "output_head", "report", "rollouts", "shared_prefix"),
+        *("vllm_server", "adapters"),  # adapters in main() alone: the one circle
+    },
+    "adapters": {"mm_grpo", "media", "tiny_vlm"},
+    "rollouts": set(),
+    "local_server": {"shared_prefix"},
+    "vllm_server": {"checkpoint"},
+    "shared_prefix": set(),
+    "output_head": set(),
+    "media": set(),
+    "checkpoint": set(),
+    "checks": set(),
+    "report": set(),
+    "shapes_env": set(),
+    "tiny_vlm": set(),
+}
+ROOMS = list(MAY_IMPORT)
+
+
+def tree(room: str) -> ast.Module:
+    return ast.parse((HERE / f"{room}.py").read_text())
+
+
+def functions(room: str) -> dict[str, ast.FunctionDef]:
+    nodes = (node for node in ast.walk(tree(room)) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef))
+    return {f"{room}.{node.name}": node for node in nodes}
+
+
+def lines_of_code(room: str, node: ast.AST) -> int:
+    """Lines of a function or class without blank ones and without docstrings; comments count."""
+    text = (HERE / f"{room}.py").read_text().splitlines()
+    numbers = set(range(node.lineno, node.end_lineno + 1))
+    for inner in ast.walk(node):
+        if isinstance(inner, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) and ast.get_docstring(inner):
+            numbers -= set(range(inner.body[0].lineno, inner.body[0].end_lineno + 1))
+    return sum(bool(text[number - 1].strip()) for number in numbers)
+
+
+def imports(room: str) -> list[tuple[str, str, bool]]:
+    """(module, name, whether it is imported for types alone) of each import of another room."""
+    module = tree(room)
+    for_types = {
+        id(inner)
+        for node in ast.walk(module)
+        if isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING"
+        for inner in ast.walk(node)
+    }
+    found = []
+    for node in ast.walk(module):
+        if isinstance(node, ast.ImportFrom) and node.module in ROOMS:
+            found += [(node.module, alias.name, id(node) in for_types) for alias in node.names]
+        if isinstance(node, ast.Import):
+            found += [(alias.name, "", id(node) in for_types) for alias in node.names if alias.name in ROOMS]
+    return found
+
+
+def test_every_file_is_a_room_a_test_or_the_benchmark():
+    names = {path.stem for path in HERE.glob("*.py")}
+    assert {name for name in names if not name.startswith("test_")} == {*ROOMS, "benchmark", "conftest"}
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_imports_only_what_stands_below_it(room):
+    when_running = {module for module, _, for_types in imports(room) if not for_types}
+    assert when_running - {room} <= MAY_IMPORT[room]
+    assert not any(name.startswith("_") for _, name, _ in imports(room))  # nothing private of another room
+
+
+def test_the_command_line_is_the_only_circle_of_imports():
+    """`main` imports the adapters, which import the interface. Without that nobody could go round."""
+    below = {room: {module for module, _, for_types in imports(room) if not for_types} - {room} for room in ROOMS}
+    below["mm_grpo"] -= {"adapters"}
+    done: set[str] = set()
+    while ready := {room for room in ROOMS if room not in done and below[room] <= done}:
+        done |= ready
+    assert done == set(ROOMS)
+    main = next(node for node in tree("mm_grpo").body if getattr(node, "name", "") == "main")
+    of_adapters = [node for node in ast.walk(tree("mm_grpo")) if getattr(node, "module", "") == "adapters"]
+    assert len(of_adapters) == 1 and main.lineno < of_adapters[0].lineno < main.end_lineno
+
+
+def test_the_method_can_be_read_in_a_sitting():
+    lines = (HERE / "mm_grpo.py").read_text().splitlines()
+    assert len(lines) <= 750
+    trainer = next(node for node in tree("mm_grpo").body if getattr(node, "name", "") == "MultimodalGRPOTrainer")
+    assert trainer.end_lineno - trainer.lineno + 1 <= 220
+    assert lines_of_code("mm_grpo", functions("mm_grpo")["mm_grpo.step"]) <= 12
+    first_equation = functions("mm_grpo")["mm_grpo.group_advantages"]
+    assert first_equation.lineno < 200
+    order = ["group_advantages", "grpo_loss", "MultimodalBatch", "MultimodalAdapter", "MultimodalRLConfig", "Policy"]
+    order += ["MultimodalGRPOTrainer", "main"]
+    starts = {getattr(node, "name", ""): node.lineno for node in tree("mm_grpo").body}
+    assert [starts[name] for name in order] == sorted(starts[name] for name in order)
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_no_function_is_longer_than_45_lines_of_code(room):
+    assert {name: n for name, node in functions(room).items() if (n := lines_of_code(room, node)) > 45} == {}
+
+
+def test_all_rooms_together_stay_small():
+    assert sum(len((HERE / f"{room}.py").read_text().splitlines()) for room in ROOMS) <= 4200
+
+
+def test_only_the_parts_of_python_and_the_listed_packages_are_imported():
+    """What stands in requirements.txt, or comes with it: pydantic, httpx, datasets, ... with openai and verifiers."""
+    listed = {line.split("==")[0] for line in (HERE / "requirements.txt").read_text().split()}
+    names = {"pillow": "PIL"}
+    known = {names.get(package, package) for package in listed} | set(sys.stdlib_module_names) | set(ROOMS)
+    known |= {"datasets", "httpx", "pydantic", "safetensors", "tokenizers", "tqdm"}  # come with the listed ones
+    known |= {"vllm"}  # where weights go over NCCL
+    for room in ROOMS:
+        nodes = [node for node in ast.walk(tree(room)) if isinstance(node, ast.Import | ast.ImportFrom)]
+        modules = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+        modules |= {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
+        assert {module.split(".")[0] for module in modules} <= known, room

@@ -1,0 +1,312 @@
+"""Rollouts on a vLLM server: what to start it with, whether a policy can be trained on what it says, weight updates.
+
+Every word of vLLM's own (routes, options, versions) stands in this file.
+"""
+
+from __future__ import annotations
+
+import base64
+import importlib.util
+import io
+import socket
+import time
+import uuid
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import httpx
+import openai
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from torch import Tensor
+
+from checkpoint import published_weights, whole_folder
+
+if TYPE_CHECKING:
+    from mm_grpo import MultimodalRLConfig
+
+VLLM_COMMAND = "VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --logprobs-mode processed_logprobs --generation-config vllm"
+PROBE_SIZES = (
+    (32, 32),
+    (448, 336),
+    (1344, 1008),
+)  # (width, height) of the pictures that server and adapter must expand alike
+UPDATE_ATTEMPTS = 3  # a weight update that kills the server so often is not a passing fault
+
+
+class VLLMServer:
+    """A running vLLM server: completions over HTTP, weights through a folder that both sides see, or over NCCL.
+
+    It has everything of `rollouts.Server`.
+
+    Start it with VLLM_COMMAND: dev mode has the routes for weight updates, processed logprobs are those of the
+    distribution that was sampled, and without `--generation-config vllm` the checkpoint's own sampling settings sneak
+    in.
+
+    Weights go over NCCL where the server was started with `--weight-transfer-config '{"backend": "nccl"}'`, the model
+    is on a GPU and vllm is installed beside the trainer; else through the folder.
+
+    Args:
+        model: in training; `sync` sends its weights, and the server must have its vocabulary.
+        adapter: of its family: knows how many placeholders a picture fills (`encode_prompt`, where it has that).
+        host, port: of the server.
+        weights_dir: folder for weight updates, seen by server and trainer under this path. Its subfolder `policy` is
+            ours.
+        timeout: seconds to wait for the server to come up, and for each part of a weight update.
+        generation_timeout: seconds until a request for a completion fails.
+
+    Raises:
+        TimeoutError, RuntimeError: what is wrong, and which option of the server fixes it.
+    """
+
+    shares_weights = False
+
+    def __init__(
+        self,
+        model,
+        adapter,
+        host: str,
+        port: int,
+        weights_dir: str | Path,
+        timeout: float = 240.0,
+        generation_timeout: float = 600.0,
+    ):
+        self.model, self.adapter, self.host, self.port = model, adapter, host, port
+        self.url, self.weights_dir, self.timeout = f"http://{host}:{port}", Path(weights_dir), timeout
+        # A connection for each call: a server that fails inside one closes it, and /resume must come through even so.
+        self.http = httpx.Client(base_url=self.url, timeout=timeout, limits=httpx.Limits(max_keepalive_connections=0))
+        # No request is sent twice: a server that was restarted in between would answer the second one with old weights.
+        self.client = openai.AsyncOpenAI(
+            base_url=f"{self.url}/v1", api_key="EMPTY", timeout=generation_timeout, max_retries=0
+        )
+        self.connect()
+
+    @classmethod
+    def from_config(cls, model, adapter, config: MultimodalRLConfig) -> VLLMServer:
+        """The server that the config names."""
+        return cls(
+            model,
+            adapter,
+            config.vllm_server_host,
+            config.vllm_server_port,
+            weights_dir=config.weight_sync_dir or Path(config.output_dir) / "weights",
+            timeout=config.vllm_server_timeout,
+            generation_timeout=config.generation_timeout,
+        )
+
+    def connect(self) -> None:
+        """Wait until the server answers, and check that a policy can be trained on what it says."""
+        deadline = time.monotonic() + self.timeout
+        if not self._healthy():
+            print(f"waiting up to {self.timeout:g} s for a vLLM server at {self.url}", flush=True)
+        while not self._healthy():
+            if time.monotonic() > deadline:
+                raise TimeoutError(
+                    f"no vLLM server answered at {self.url} within vllm_server_timeout={self.timeout:g} s. Start one: "
+                    f"{VLLM_COMMAND}"
+                )
+            time.sleep(0.5)
+        self.version = self._call("GET", "/weight_info").json()["weight_version"]
+        served = self._call("GET", "/v1/models").json()["data"][0]
+        self.model_name, self.max_model_len = served["id"], served["max_model_len"]
+        settings = self._call("GET", "/server_info?config_format=json").json()["vllm_config"]
+        self.dtype = getattr(torch, settings["model_config"]["dtype"].removeprefix("torch."))
+        can_nccl = next(self.model.parameters()).is_cuda and importlib.util.find_spec("vllm") is not None
+        self.transport = (
+            "nccl" if can_nccl and (settings["weight_transfer_config"] or {}).get("backend") == "nccl" else "disk"
+        )
+        self.nccl = None  # connected at the first update
+        self._check_logprobs()
+        self._check_vocabulary()
+        self._check_placeholders()
+
+    def up_to_date(self) -> bool:
+        """Whether the server still has the weights of the last sync; one that was restarted has not."""
+        try:
+            return self._call("GET", "/weight_info").json()["weight_version"] == self.version
+        except RuntimeError:
+            return False
+
+    def sync(self, model) -> None:
+        """Load the model's weights into the server. A server that dies meanwhile is waited for, and then gets them."""
+        for attempt in range(1, UPDATE_ATTEMPTS + 1):
+            try:
+                self._push(model)
+                return
+            except RuntimeError as error:
+                if attempt == UPDATE_ATTEMPTS or self._healthy():
+                    raise
+                warnings.warn(f"{error}. Waiting for the server; the weight update starts over")
+                self.connect()
+
+    def _push(self, model) -> None:
+        """Pause, load, drop every cache of the old policy, name the new one, resume (whatever happens in between)."""
+        folder = self._write(model) if self.transport == "disk" else None
+        try:
+            self._call("POST", "/pause?mode=wait")
+            if folder is None:
+                self.nccl = self.nccl or nccl_sender(self, lambda: self._weights(model))
+                self.nccl.send_weights()
+            else:
+                self._call(
+                    "POST",
+                    "/collective_rpc",
+                    json={"method": "reload_weights", "kwargs": {"weights_path": str(folder)}},
+                )
+            if not self._call("POST", "/reset_prefix_cache").json()["success"]:
+                raise RuntimeError(
+                    f"{self.url}/reset_prefix_cache: blocks are still held; requests of the old policy are running"
+                )
+            self._call("POST", "/reset_mm_cache")
+            self._call("POST", "/reset_encoder_cache")
+            self.version = f"mm_grpo-{uuid.uuid4().hex}"
+            self._call("POST", "/update_weight_version", json={"new_version": self.version})
+        finally:
+            self._call("POST", "/resume")
+
+    def _weights(self, model) -> Iterator[tuple[str, Tensor]]:
+        """Each parameter by the name that the server knows it by, in the type that it computes in."""
+        for name, weights in published_weights(model):
+            yield name, weights.to(self.dtype)
+
+    def _write(self, model) -> Path:
+        """The weights, as a folder."""
+        folder = self.weights_dir.resolve() / "policy"
+        with whole_folder(folder) as fresh:
+            save_file(
+                {name: tensor.cpu().contiguous() for name, tensor in self._weights(model)}, fresh / "model.safetensors"
+            )
+        return folder
+
+    def close(self) -> None:
+        self.http.close()
+
+    def __str__(self) -> str:
+        weights = "over NCCL" if self.transport == "nccl" else f"through {self.weights_dir}"
+        return f"by the vLLM server at {self.url}, weights {weights}"
+
+    def _healthy(self) -> bool:
+        try:
+            return self.http.get("/health", timeout=5.0).status_code == 200
+        except httpx.TransportError:
+            return False
+
+    def _request(self, method: str, route: str, **arguments) -> httpx.Response:
+        try:
+            return self.http.request(method, route, **arguments)
+        except httpx.TimeoutException:
+            raise RuntimeError(f"{self.url}{route}: no answer within vllm_server_timeout={self.timeout:g} s") from None
+        except httpx.TransportError as error:
+            raise RuntimeError(f"{self.url}{route}: {type(error).__name__}: {error}") from None
+
+    def _call(self, method: str, route: str, **arguments) -> httpx.Response:
+        response = self._request(method, route, **arguments)
+        if response.status_code == 404:
+            raise RuntimeError(
+                f"{self.url}{route} does not exist: start the server (vLLM 0.32 or later) with VLLM_SERVER_DEV_MODE=1"
+            )
+        if response.status_code != 200:
+            hint = (
+                f". Can the server read {self.weights_dir.resolve()}? (weight_sync_dir)"
+                if route == "/collective_rpc"
+                else ""
+            )
+            raise RuntimeError(f"{self.url}{route}: {response.status_code} {response.text[:500]}{hint}")
+        return response
+
+    def _complete(self, **request) -> httpx.Response:
+        """One token, straight from token ids."""
+        ask = {"model": self.model_name, "prompt": [1, 2, 3], "max_tokens": 1, "return_token_ids": True}
+        return self._request("POST", "/v1/completions", json={**ask, **request})
+
+    def _check_logprobs(self) -> None:
+        """The likeliest token's logprob must change with the temperature; where it does not, they are raw logprobs."""
+        best = []
+        for temperature in (1.0, 0.5):
+            answer = self._complete(temperature=temperature, logprobs=1).raise_for_status().json()["choices"][0]
+            if not answer.get("token_ids"):
+                raise RuntimeError(f"{self.url}: return_token_ids gave no token ids; vLLM 0.10.2 or later is needed")
+            best.append(max(answer["logprobs"]["top_logprobs"][0].values()))
+        if best[0] < -1e-3 and abs(best[0] - best[1]) < 1e-6:
+            raise RuntimeError(
+                f"{self.url} reports logprobs before the temperature: start it with --logprobs-mode processed_logprobs"
+            )
+
+    def _check_vocabulary(self) -> None:
+        """The server must know the trainer's last token id, and none after it."""
+        head = self.model.get_output_embeddings() if hasattr(self.model, "get_output_embeddings") else None
+        if head is None:
+            return
+        size = len(head.weight)
+        answers = [self._complete(logit_bias={str(token): 0}) for token in (size - 1, size)]
+        if [answer.status_code for answer in answers] != [200, 400]:
+            said = next(
+                (answer.text[:300] for answer in answers if answer.status_code != 200), f"token id {size} is known"
+            )
+            raise RuntimeError(
+                f"{self.url}: its model has another vocabulary than the trainer's, which has {size} token ids. Serve "
+                f"the checkpoint that is trained (vllm serve MODEL). The server said: {said}"
+            )
+
+    def _check_placeholders(self) -> None:
+        """The server must expand a picture to as many placeholder tokens as the adapter does, whatever its size."""
+        if not hasattr(self.adapter, "encode_prompt"):
+            return
+
+        def placeholders(ids: list[int]) -> int:
+            return sum(token in self.adapter.placeholder_ids for token in ids)
+
+        for size in PROBE_SIZES:
+            png = io.BytesIO()
+            Image.new("RGB", size, "grey").save(png, format="PNG")
+            url = "data:image/png;base64," + base64.b64encode(png.getvalue()).decode()
+            content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "?"}]
+            messages = [{"role": "user", "content": content}]
+            expected = self.adapter.encode_prompt(messages).ids
+            if len(expected) >= self.max_model_len:
+                continue  # such a picture cannot be asked about at all
+            ask = {"model": self.model_name, "messages": messages, "max_tokens": 1, "return_token_ids": True}
+            answer = self._request("POST", "/v1/chat/completions", json=ask)
+            shape = f"a picture of {size[0]} x {size[1]} pixels"
+            fix = "vLLM: --mm-processor-kwargs, as the adapter's image processor has them"
+            if answer.status_code != 200:
+                raise RuntimeError(
+                    f"{self.url} refuses {shape}, {placeholders(expected)} placeholders for the adapter: "
+                    f"{answer.text[:300]} (--limit-mm-per-prompt, --max-model-len, or image size limits; {fix})"
+                )
+            got = placeholders(answer.json()["prompt_token_ids"])
+            if got != placeholders(expected):
+                raise RuntimeError(
+                    f"{self.url} expands {shape} to {got} placeholders, the adapter to {placeholders(expected)}: "
+                    f"give both the same image size limits ({fix})"
+                )
+
+
+def nccl_sender(server: VLLMServer, weights: Callable[[], Iterator[tuple[str, Tensor]]]):
+    """vLLM's own sender, connected to the server's workers: `send_weights()` broadcasts what `weights()` yields."""
+    from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
+    from vllm.distributed.weight_transfer.clients import HTTPVLLMWeightSyncClient
+    from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
+    from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
+
+    class Weights(WeightSource):
+        def metadata(self) -> list[ParamMeta]:
+            return [ParamMeta(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in weights()]
+
+        def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+            return weights()
+
+    with socket.create_connection((server.host, server.port)) as connection:
+        address = connection.getsockname()[0]  # of ours, the one that the server can reach
+    with socket.socket() as free:
+        free.bind(("", 0))
+        port = free.getsockname()[1]
+    workers = server._call("GET", "/get_world_size").json()["world_size"]
+    return WeightTransferTrainerFactory.trainer_init(
+        NCCLTrainerInitInfo(rank=0, master_address=address, master_port=port, world_size=1 + workers),
+        client=HTTPVLLMWeightSyncClient(server.url, timeout=server.timeout),
+        source=Weights(),
+    )
