@@ -1,28 +1,46 @@
 """Model families: rollouts in, `MultimodalBatch` out.
 
-`rollout_rows` and `token_tensors` serve every adapter. `ImageAdapter` is what families with image placeholders share:
-chat messages to prompt ids, one placeholder an image expanded to as many as the image has features, and the check that
-the two agree. A family then says two things: the tensors of an image, and how many placeholder tokens they fill.
+`rollout_rows` and `token_tensors` serve every adapter. `ProcessorAdapter` serves every family that Transformers has a
+processor for: the processor reads the chat template, makes tensors of pictures, sound and video, and expands each
+placeholder to as many tokens as the medium has features. So the family's name appears nowhere: what the processor gives
+goes to the model's forward, and the server's placeholders must be as many as the processor's.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import warnings
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForMultimodalLM,
+    LlavaProcessor,
+    Qwen2VLProcessor,
+)
 
-from media import image_urls, load_image, message_parts
+from checkpoint import load_processor, without_video
+from media import (
+    load_part,
+    media_parts,
+    message_parts,
+    pack_media,
+    plain_messages,
+    video_metadata,
+)
 from mm_grpo import MultimodalAdapter, MultimodalBatch
 
-PROCESSED_BYTES = 2**28  # of processed images that are kept: the server asks for them, then the batch
+KEPT_BYTES = 2**28  # of encoded prompts with their media: the server asks for them, then the batch, then the next epoch
+TEXT_FORMS = (str, lambda text: [{"type": "text", "text": text}])  # some templates know strings only, some parts
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Rollouts to rows, for every adapter
@@ -130,140 +148,182 @@ def token_tensors(rows: Sequence[Row], pad_id: int = 0) -> dict[str, Tensor]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Families with image placeholders
+# Every family that Transformers has a processor for
 
 
 @dataclass
-class ProcessedImage:
-    """One image as the model takes it."""
+class Media:
+    """All media of a prompt, processed together."""
 
-    tensors: dict[str, Tensor]  # by argument name of the forward, each with the image's rows along dim 0
-    num_tokens: int  # placeholders that it fills
+    tensors: dict[str, Tensor]  # by argument name of the forward
+    placeholders: Counter[int]  # how many of each placeholder they fill
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A chat prompt as the model takes it: placeholders expanded, media processed."""
+
+    ids: list[int]
+    media: Media | None = None  # prompts with the same media share the object
 
     @property
     def nbytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self.tensors.values())
+        tensors = self.media.tensors.values() if self.media else ()
+        return 8 * len(self.ids) + sum(tensor.nbytes for tensor in tensors)
 
 
-@dataclass
-class Prompt:
-    """A chat prompt, encoded: placeholders expanded."""
-
-    ids: list[int]
-    images: list[ProcessedImage] = field(default_factory=list)
-
-
-class ImageAdapter(MultimodalAdapter):
-    """What families share whose prompts hold one placeholder token for each feature of an image.
+class ProcessorAdapter(MultimodalAdapter):
+    """Any family, through its processor.
 
     Args:
-        tokenizer: with the family's chat template.
-        image_processor, model_config: of the same checkpoint; None: loaded from where the tokenizer came from.
+        processor: a Transformers processor with a chat template (`load_processor`).
+        model_config: of the same checkpoint; names further placeholders.
+        processor_kwargs: for each call of the processor, such as `{"max_pixels": 401408}`. The server must be given the
+            same (vLLM: --mm-processor-kwargs).
+
+    Raises:
+        ValueError: the processor has no chat template, or one that loses what a user says.
     """
 
-    image_token: str  # the placeholder, as the chat template writes it
-    placeholder_tokens: tuple[str, ...]  # every token that stands for media
-
-    def __init__(self, tokenizer, image_processor=None, model_config=None) -> None:
-        super().__init__(tokenizer)
-        self.image_processor = image_processor or AutoImageProcessor.from_pretrained(tokenizer.name_or_path)
-        self.model_config = model_config or AutoConfig.from_pretrained(tokenizer.name_or_path)
-        self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
-        if self.image_token_id in (None, tokenizer.unk_token_id):
-            raise ValueError(f"tokenizer: has no {self.image_token!r}; is this the right adapter for the checkpoint?")
-        self.kept: dict[bytes, ProcessedImage] = {}  # by their URL's hash, the oldest first
+    def __init__(self, processor, model_config=None, processor_kwargs: Mapping[str, Any] | None = None) -> None:
+        super().__init__(processor.tokenizer)
+        self.processor, self.processor_kwargs = processor, dict(processor_kwargs or {})
+        ears = [getattr(processor, name, None) for name in ("feature_extractor", "audio_processor")]
+        self.sampling_rate = next((one.sampling_rate for one in ears if one is not None), None)  # of sound, in Hz
+        self.kept: dict[str, Prompt] = {}  # by their messages, the oldest first
         self.kept_bytes = 0
-        ids = (tokenizer.convert_tokens_to_ids(token) for token in self.placeholder_tokens)
-        self.placeholder_ids = sorted(i for i in ids if i not in (None, tokenizer.unk_token_id))
+        self.media: WeakValueDictionary[str, Media] = WeakValueDictionary()  # of the prompts that are kept
+        self.text_form = next((form for form in TEXT_FORMS if self._shows_text(form)), None)
+        if self.text_form is None:
+            raise ValueError(f"{type(processor).__name__}: it has no chat_template that shows a user's text; set one")
+        probe = self._call_processor([{"role": "user", "content": self.text_form("?")}])
+        self.token_types = [name for name in probe if name.endswith("token_type_ids")]  # say which tokens are media
+        every = torch.arange(len(self.tokenizer))[None]
+        marked = {i for types in self.token_inputs(every, every >= 0).values() for i in types.nonzero()[:, 1].tolist()}
+        self.placeholder_ids = sorted({*placeholder_ids(processor, model_config), *marked})
 
-    # -- what a family says
+    def _shows_text(self, form: Callable[[str], Any]) -> bool:
+        """Whether the chat template shows a text of this form as it was written."""
+        try:
+            message = {"role": "user", "content": form("?")}
+            shown = self.processor.apply_chat_template([message], add_generation_prompt=True)
+        except Exception:  # whatever a template raises for what it does not take
+            return False
+        return "?" in shown and "'text'" not in shown
 
-    def process_image(self, image: Image.Image) -> ProcessedImage:
-        """The tensors of one RGB image, and how many placeholders they fill."""
-        raise NotImplementedError
+    # -- messages to prompts: for the server in this process, and for the media of a row
 
-    def token_inputs(self, is_image: Tensor) -> dict[str, Tensor]:
-        """Per-token tensors of the forward, from (B, L) bool that is True on the placeholders of images."""
-        return {}
+    def encode_prompt(self, messages: Sequence[Any], tools: list[dict] | None = None) -> Prompt:
+        """Chat messages to prompt ids and media tensors; kept for a while, as a group's requests ask for the same.
 
-    # -- rollouts to batch
+        Args:
+            messages: of OpenAI's shape, dicts or verifiers' own objects. Text that spells a control token stays text.
+            tools: the functions that the template may offer, of OpenAI's shape.
 
-    def processed(self, url: str) -> ProcessedImage:
-        """The image of this URL; kept for a while: the server asks for a step's images, and then the trainer."""
-        key = hashlib.sha256(url.encode()).digest()
+        Raises:
+            ValueError: a medium that cannot be read, or that the chat template or the processor does not take.
+        """
+        messages = plain_messages(messages)
+        key = json_key([messages, tools])
         if key not in self.kept:
-            self.kept[key] = self.process_image(load_image(url))
-            self.kept_bytes += self.kept[key].nbytes
-            while self.kept_bytes > PROCESSED_BYTES and len(self.kept) > 1:
+            prompt = self.kept[key] = self._encode(messages, tools)
+            self.kept_bytes += prompt.nbytes
+            while self.kept_bytes > KEPT_BYTES and len(self.kept) > 1:
                 self.kept_bytes -= self.kept.pop(next(iter(self.kept))).nbytes
         return self.kept[key]
 
+    def _encode(self, messages: list[dict], tools: list[dict] | None) -> Prompt:
+        inputs = self._call_processor(self._conversation(messages), tools)
+        ids = inputs.pop("input_ids")[0].tolist()
+        tensors = {name: inputs[name] for name in inputs if name not in ("attention_mask", *self.token_types)}
+        parts, found = media_parts(messages), self.placeholders(ids)
+        if bool(parts) != bool(tensors) or bool(parts) < bool(found):
+            kinds = ", ".join(part["type"] for part in parts) or "no media"
+            raise ValueError(
+                f"messages: {kinds}, but {self._named(found)} in the prompt and tensors {list(tensors)}: the chat "
+                f"template or {type(self.processor).__name__} does not take such media there"
+            )
+        if not parts:
+            return Prompt(ids)
+        return Prompt(ids, self.media.setdefault(json_key(parts), Media(tensors, found)))
+
+    def _conversation(self, messages: list[dict]) -> list[dict]:
+        """The messages as Transformers' templates take them, media loaded."""
+        conversation = []
+        for message, (_, parts) in zip(messages, message_parts(messages)):
+            if all(part["type"] == "text" for part in parts):
+                content = self.text_form("".join(part["text"] for part in parts))
+            else:
+                content = [load_part(part, self.sampling_rate) for part in parts]
+            calls = {"tool_calls": [with_parsed_arguments(call) for call in message.get("tool_calls") or ()]}
+            conversation.append({**message, "content": content, **(calls if calls["tool_calls"] else {})})
+        return conversation
+
+    def _call_processor(self, conversation: list[dict], tools: list[dict] | None = None) -> dict[str, Tensor]:
+        said = json.dumps([conversation, tools], ensure_ascii=False, default=lambda medium: None)
+        control = (json.dumps(token, ensure_ascii=False)[1:-1] for token in self.tokenizer.added_tokens_encoder)
+        parts = [part for message in conversation for part in message["content"] if isinstance(part, dict)]
+        metadata = [video_metadata(part["video"]) for part in parts if part["type"] == "video"]
+        frames = {"do_sample_frames": False, "video_metadata": [metadata]} if metadata else {}
+        inputs = self.processor.apply_chat_template(
+            conversation,
+            tools=tools,
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            sanitize_control_tokens=any(token in said for token in control),  # some processors cannot always
+            # the template writes what begins a prompt, and the frames of a video are those that were chosen
+            processor_kwargs={"add_special_tokens": False, **frames, **self.processor_kwargs},
+        )
+        return dict(inputs.to(torch.float32))  # what is not floating point stays (some give bfloat16)
+
+    # -- rollouts to batch
+
     def build_batch(self, outputs) -> MultimodalBatch:
         rows = rollout_rows(outputs, self.placeholder_ids)
-        seen: dict[str, ProcessedImage] = {}  # rows of a group show the same images: store each once
-        images_of_row: list[list[ProcessedImage]] = []
-        for row in rows:
-            urls = image_urls(row.messages)
-            seen |= {url: self.processed(url) for url in urls if url not in seen}
-            images_of_row.append([seen[url] for url in urls])
-            self._check_placeholders(row, images_of_row[-1])
+        media_of_row = [self._media(row) for row in rows]
         tensors = token_tensors(rows, self.tokenizer.pad_token_id or 0)
-        media, spans = pack_images(images_of_row)
-        is_image = (tensors["input_ids"] == self.image_token_id) & (tensors["attention_mask"] == 1)
+        media, spans = pack_media([media and media.tensors for media in media_of_row], self.processor)
         return MultimodalBatch(
             **tensors,
             pixel_values=media.pop("pixel_values", None),
-            extra_model_kwargs={**media, **self.token_inputs(is_image)},
+            extra_model_kwargs={**media, **self.token_inputs(tensors["input_ids"], tensors["attention_mask"])},
             media_spans=spans,
         )
 
-    def _check_placeholders(self, row: Row, images: list[ProcessedImage]) -> None:
-        """An image that does not reach the model is an error, never a quiet zero; a placeholder without image too."""
-        held, expected = row.ids.count(self.image_token_id), [image.num_tokens for image in images]
-        if held != sum(expected):
+    def _media(self, row: Row) -> Media | None:
+        """All media of a row, in one call: some processors tile a picture otherwise where a prompt has several.
+
+        A medium that does not reach the model is an error, never a quiet zero; a placeholder without one too.
+        """
+        parts = media_parts(row.messages)
+        media = self.media.get(json_key(parts)) if parts else None  # the server in this process has asked for them
+        if parts and media is None:
+            media = self.encode_prompt([{"role": "user", "content": parts}]).media
+        held, expected = self.placeholders(row.ids), media.placeholders if media else Counter()
+        if held != expected:
             raise ValueError(
-                f"rollout {row.rollout}: the server's prompt holds {held} {self.image_token} tokens, its "
-                f"{len(images)} images have {sum(expected)} features {expected}. Either the chat template lost an "
-                "image, or server and trainer resize differently: give both the same image size limits (vLLM: "
+                f"rollout {row.rollout}: the server's prompt holds {self._named(held)}, its {len(parts)} media have "
+                f"{self._named(expected)} features. Either the chat template lost a medium, or server and trainer "
+                f"resize differently: give both the same processor_kwargs, here {self.processor_kwargs} (vLLM: "
                 "--mm-processor-kwargs)"
             )
+        return media
 
-    # -- messages to prompts, for the server in this process
+    def placeholders(self, ids: Sequence[int]) -> Counter[int]:
+        """How many of each placeholder these ids hold."""
+        never_sampled = set(self.placeholder_ids)
+        return Counter(i for i in ids if i in never_sampled)
 
-    def encode_prompt(self, messages: Sequence[Any]) -> Prompt:
-        """Chat messages to prompt ids, with as many placeholders as each image has features.
+    def _named(self, counts: Counter[int]) -> str:
+        return " + ".join(f"{n} {self.tokenizer.convert_ids_to_tokens(i)}" for i, n in sorted(counts.items())) or "0"
 
-        Raises:
-            ValueError: an image that cannot be read, or a chat template that does not write one placeholder an image.
-        """
-        template_messages = []
-        for role, parts in message_parts(messages):
-            for part in parts:
-                if part["type"] not in ("text", "image_url"):
-                    raise ValueError(
-                        f"messages: content of type {part['type']!r} is not supported, only text and image_url"
-                    )
-            content = [
-                {"type": "image"} if part["type"] == "image_url" else {"type": "text", "text": part["text"]}
-                for part in parts
-            ]
-            if all(part["type"] == "text" for part in content):  # some templates know plain strings only
-                content = "".join(part["text"] for part in content)
-            template_messages.append({"role": role, "content": content})
-        text = self.tokenizer.apply_chat_template(template_messages, add_generation_prompt=True, tokenize=False)
-        images = [self.processed(url) for url in image_urls(messages)]
-        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        if ids.count(self.image_token_id) != len(images):
-            raise ValueError(
-                f"messages: {len(images)} images, but the chat template wrote {ids.count(self.image_token_id)} "
-                f"{self.image_token} (an image in a role that the template drops, or the token in a message's text)"
-            )
-        remaining = iter(images)
-        expanded: list[int] = []
-        for i in ids:
-            repeats = next(remaining).num_tokens if i == self.image_token_id else 1
-            expanded += [i] * repeats
-        return Prompt(expanded, images)
+    def token_inputs(self, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
+        """Which tokens are media, under the names that the forward has for it: (B, L), as the ids are."""
+        each = {name: getattr(self.processor, f"create_{name}", None) for name in self.token_types}
+        default = self.processor.create_mm_token_type_ids
+        return {name: torch.tensor((own or default)(ids.tolist())) * mask for name, own in each.items()}
 
     def prompt_inputs(self, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
         """Keyword arguments of the forward for these prompts, padded on the left: their last tokens share a column."""
@@ -271,86 +331,90 @@ class ImageAdapter(MultimodalAdapter):
         pad = self.tokenizer.pad_token_id or 0
         ids = torch.tensor([[pad] * (P - len(prompt.ids)) + prompt.ids for prompt in prompts])  # (K, P)
         mask = torch.tensor([[0] * (P - len(prompt.ids)) + [1] * len(prompt.ids) for prompt in prompts])
-        media, _ = pack_images([prompt.images for prompt in prompts], share=False)
-        is_image = (ids == self.image_token_id) & (mask == 1)
-        return {"input_ids": ids, "attention_mask": mask, **media, **self.token_inputs(is_image)}
+        media, _ = pack_media([prompt.media and prompt.media.tensors for prompt in prompts], self.processor, False)
+        return {"input_ids": ids, "attention_mask": mask, **media, **self.token_inputs(ids, mask)}
 
     def save_pretrained(self, folder) -> None:
-        super().save_pretrained(folder)
-        self.image_processor.save_pretrained(folder)
+        self.processor.save_pretrained(folder)
 
 
-def pack_images(
-    images_of_row: Sequence[Sequence[ProcessedImage]], share: bool = True
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The rows' images as tensors for the forward, and which rows of them belong to whom.
+def placeholder_ids(processor, model_config=None) -> list[int]:
+    """The tokens that stand for media, as the processor and the config name them."""
+    named = [*processor.image_token_ids, *processor.video_token_ids, *processor.audio_token_ids]
+    for kind in ("image", "video", "audio"):
+        named += [getattr(model_config, f"{kind}_token_{spelling}", None) for spelling in ("id", "index")]
+    named += [i for name, ids in vars(model_config or object).items() if name.endswith("_token_ids") for i in ids or ()]
+    return sorted({i for i in named if i is not None and i >= 0})
+
+
+def json_key(value: Any) -> str:
+    """A short key of what JSON can hold."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def with_parsed_arguments(call: dict) -> dict:
+    """A tool call as chat templates take it: its arguments a dict, where OpenAI's shape has a string of JSON."""
+    function = call["function"]
+    arguments = function.get("arguments") or "{}"
+    parsed = json.loads(arguments) if isinstance(arguments, str) else arguments
+    return {**call, "function": {**function, "arguments": parsed}}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Families by name, and what is loaded for them
+
+
+class QwenVLAdapter(ProcessorAdapter):
+    """Qwen2-VL and Qwen2.5-VL, pictures only, from the processor's parts.
 
     Args:
-        images_of_row: with `share`, rows with the same images (the same objects) own the same span.
-
-    Returns:
-        (media, spans): name -> tensor with all images along dim 0, and name -> (B, 2). Both empty without any image.
+        tokenizer: with the family's chat template.
+        image_processor, model_config: of the same checkpoint; None: loaded from where the tokenizer came from.
     """
-    names = list(dict.fromkeys(name for images in images_of_row for image in images for name in image.tensors))
-    media, spans = {}, {}
-    for name in names:
-        stored: dict[Any, tuple[int, int]] = {}
-        pieces: list[Tensor] = []
-        total, owned = 0, []
-        for row, images in enumerate(images_of_row):
-            key = tuple(id(image) for image in images) if share else row
-            if key not in stored:
-                start = total
-                for image in images:
-                    pieces.append(image.tensors[name])
-                    total += len(image.tensors[name])
-                stored[key] = (start, total)
-            owned.append(stored[key])
-        media[name], spans[name] = torch.cat(pieces), torch.tensor(owned)
-    return media, spans
+
+    def __init__(self, tokenizer, image_processor=None, model_config=None, **options) -> None:
+        image_processor, config = of_checkpoint(tokenizer.name_or_path, image_processor, model_config)
+        processor = without_video(Qwen2VLProcessor)(image_processor, tokenizer, chat_template=tokenizer.chat_template)
+        super().__init__(processor, config, **options)
 
 
-class QwenVLAdapter(ImageAdapter):
-    """Qwen2-VL and Qwen2.5-VL: flat patches of any image size, `image_grid_thw`, and token types for M-RoPE."""
+class LlavaAdapter(ProcessorAdapter):
+    """LLaVA 1.5, from the processor's parts; arguments as above."""
 
-    image_token = "<|image_pad|>"
-    placeholder_tokens = ("<|image_pad|>", "<|video_pad|>")
-
-    def process_image(self, image: Image.Image) -> ProcessedImage:
-        tensors = self.image_processor(images=[image], return_tensors="pt")
-        patches = int(tensors["image_grid_thw"].prod())
-        named = {name: tensors[name] for name in ("pixel_values", "image_grid_thw")}
-        return ProcessedImage(named, patches // self.image_processor.merge_size**2)
-
-    def token_inputs(self, is_image: Tensor) -> dict[str, Tensor]:
-        return {"mm_token_type_ids": is_image.long()}  # without it some versions fall back to 1-D positions, silently
-
-
-class LlavaAdapter(ImageAdapter):
-    """LLaVA 1.5: square crops of one size, (1, C, H, W) an image."""
-
-    image_token = "<image>"
-    placeholder_tokens = ("<image>",)
-
-    def process_image(self, image: Image.Image) -> ProcessedImage:
-        pixels = self.image_processor(images=[image], return_tensors="pt")["pixel_values"]
-        patch = self.model_config.vision_config.patch_size
-        patches = (pixels.shape[-2] // patch) * (pixels.shape[-1] // patch)
-        keeps_class_token = self.model_config.vision_feature_select_strategy == "full"
-        return ProcessedImage({"pixel_values": pixels}, patches + keeps_class_token)
+    def __init__(self, tokenizer, image_processor=None, model_config=None, **options) -> None:
+        image_processor, config = of_checkpoint(tokenizer.name_or_path, image_processor, model_config)
+        processor = LlavaProcessor(
+            image_processor,
+            tokenizer,
+            patch_size=config.vision_config.patch_size,
+            vision_feature_select_strategy=config.vision_feature_select_strategy,
+            num_additional_image_tokens=1,  # CLIP's class token, which the default strategy leaves out
+            chat_template=tokenizer.chat_template,
+        )
+        super().__init__(processor, config, **options)
 
 
-ADAPTERS = {"qwen": QwenVLAdapter, "llava": LlavaAdapter}
+def of_checkpoint(name: str, image_processor, model_config):
+    """(image processor, config): these, or loaded from the checkpoint of this name."""
+    image_processor = image_processor or AutoImageProcessor.from_pretrained(name)
+    return image_processor, model_config or AutoConfig.from_pretrained(name)
 
 
-def load_model(family: str, checkpoint: str | None, seed: int = 0) -> tuple[nn.Module, Any, MultimodalAdapter]:
+ADAPTERS = {"auto": ProcessorAdapter, "qwen": QwenVLAdapter, "llava": LlavaAdapter}
+
+
+def load_model(
+    family: str, checkpoint: str | None, seed: int = 0, processor_kwargs: Mapping[str, Any] | None = None
+) -> tuple[nn.Module, Any, MultimodalAdapter]:
     """(model, tokenizer, adapter) of a checkpoint, a name or a folder; None: of a tiny model with random weights."""
     if checkpoint is None:
-        from tiny_vlm import make_tiny_vlm, use_one_thread
+        from tiny_vlm import make_tiny, use_one_thread
 
         use_one_thread()
-        model, tokenizer, image_processor = make_tiny_vlm(family, seed=seed)
-        return model, tokenizer, ADAPTERS[family](tokenizer, image_processor, model.config)
-    model = AutoModelForImageTextToText.from_pretrained(checkpoint, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-    return model, tokenizer, ADAPTERS[family](tokenizer)
+        model, processor = make_tiny("qwen" if family == "auto" else family, seed=seed)
+    else:
+        model = AutoModelForMultimodalLM.from_pretrained(checkpoint, dtype=torch.float32)
+        processor = load_processor(checkpoint)
+    parts = (processor,) if family == "auto" else (processor.tokenizer, processor.image_processor)
+    adapter = ADAPTERS[family](*parts, model.config, processor_kwargs=processor_kwargs)
+    return model, adapter.tokenizer, adapter

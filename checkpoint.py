@@ -1,4 +1,4 @@
-"""Weights on their way out: the names that vLLM and published checkpoints know them by, in folders that are whole."""
+"""Checkpoints: the names that vLLM and published ones know weights by, whole folders, what loads a processor."""
 
 from __future__ import annotations
 
@@ -6,14 +6,19 @@ import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import AutoConfig, AutoProcessor, PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
+from transformers.utils import is_torchvision_available
 
 # Vision towers of whose module names Transformers 5 has dropped a level that published checkpoints and vLLM 0.32 have
-NESTED_TOWERS = ("clip_vision_model",)
+NESTED_TOWERS = ("clip_vision_model", "siglip_vision_model", "siglip2_vision_model")
 
 
 def published_name(name: str, model: nn.Module) -> str:
@@ -29,9 +34,12 @@ def published_name(name: str, model: nn.Module) -> str:
 
 
 def published_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Each parameter of the model with its published name. Not the state dict: tied parameters are here once."""
-    for name, parameter in model.named_parameters():
-        yield published_name(name, model), parameter.detach()
+    """Each parameter as published checkpoints have it. Not the state dict: tied parameters are here once."""
+    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    if isinstance(model, PreTrainedModel):  # undo what Transformers does when it loads: names, experts stacked
+        weights = revert_weight_conversion(model, weights)
+    for name, tensor in weights.items():
+        yield published_name(name, model), tensor
 
 
 def save_checkpoint(folder: Path, model: nn.Module, *beside: Any) -> None:
@@ -59,3 +67,19 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     yield fresh
     shutil.rmtree(folder, ignore_errors=True)
     fresh.rename(folder)
+
+
+@cache
+def without_video(kind: type) -> type:
+    """The processor's class without its video part, which needs torchvision: for stills and sound."""
+    attributes = [name for name in kind.get_attributes() if name != "video_processor"]
+    return type(kind.__name__, (kind,), {"get_attributes": classmethod(lambda cls: attributes)})
+
+
+def load_processor(checkpoint: str):
+    """The processor of a checkpoint, a name or a folder; without torchvision one that takes no video."""
+    if not is_torchvision_available():
+        kind = PROCESSOR_MAPPING.get(type(AutoConfig.from_pretrained(checkpoint)), None)
+        if kind is not None and "video_processor" in kind.get_attributes():
+            return without_video(kind).from_pretrained(checkpoint)
+    return AutoProcessor.from_pretrained(checkpoint)

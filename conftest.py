@@ -5,18 +5,86 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may reach for a hub
 
 import random
+from importlib.util import find_spec
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
 from torch import nn
 
-from adapters import ADAPTERS
+import tiny_vlm
+from adapters import ADAPTERS, ProcessorAdapter
 from local_server import LocalServer
 from mm_grpo import MultimodalGRPOTrainer, MultimodalRLConfig
 from report import quiet_libraries
 from shapes_env import COLOURS, draw_shape, png_data_uri
-from tiny_vlm import FAMILIES, make_tiny_vlm
+from tiny_vlm import make_tiny_vlm
+
+DEMONSTRATIONS = ("qwen", "llava")  # the families that the command line makes by itself; every other: test_families.py
+
+# Qwen3-VL's published chat template, without its videos: the tools in the system turn, calls in the assistant's, what
+# they gave in a user's.
+TOOL_TEMPLATE = """
+{%- macro show(content) %}
+    {%- if content is string %}
+        {{- content }}
+    {%- else %}
+        {%- for part in content %}
+            {%- if part.type == 'image' or 'image' in part or 'image_url' in part %}
+                {{- '<|vision_start|><|image_pad|><|vision_end|>' }}
+            {%- elif 'text' in part %}
+                {{- part.text }}
+            {%- endif %}
+        {%- endfor %}
+    {%- endif %}
+{%- endmacro %}
+{%- set system = messages[0].role == 'system' %}
+{%- if tools or system %}
+    {{- '<|im_start|>system\n' }}
+    {%- if system %}
+        {{- show(messages[0].content) }}
+    {%- endif %}
+    {%- if tools %}
+        {{- '\n\n' if system else '' }}
+        {{- '# Tools\n\nYou may call one or more functions to assist with the user query.\n\n' }}
+        {{- 'You are provided with function signatures within <tools></tools> XML tags:\n<tools>' }}
+        {%- for tool in tools %}
+            {{- '\n' }}
+            {{- tool | tojson }}
+        {%- endfor %}
+        {{- '\n</tools>\n\nFor each function call, return a json object with function name and arguments within ' }}
+        {{- '<tool_call></tool_call> XML tags:\n<tool_call>\n{"name": <function-name>, "arguments": ' }}
+        {{- '<args-json-object>}\n</tool_call>' }}
+    {%- endif %}
+    {{- '<|im_end|>\n' }}
+{%- endif %}
+{%- for message in messages %}
+    {%- if message.role == 'user' %}
+        {{- '<|im_start|>user\n' }}
+        {{- show(message.content) }}
+        {{- '<|im_end|>\n' }}
+    {%- elif message.role == 'assistant' %}
+        {{- '<|im_start|>assistant\n' }}
+        {{- show(message.content) }}
+        {%- for tool_call in message.tool_calls or [] %}
+            {{- '\n' if message.content or not loop.first else '' }}
+            {%- set call = tool_call.function or tool_call %}
+            {{- '<tool_call>\n{"name": "' ~ call.name ~ '", "arguments": ' }}
+            {{- call.arguments if call.arguments is string else call.arguments | tojson }}
+            {{- '}\n</tool_call>' }}
+        {%- endfor %}
+        {{- '<|im_end|>\n' }}
+    {%- elif message.role == 'tool' %}
+        {{- '<|im_start|>user' if loop.first or loop.previtem.role != 'tool' else '' }}
+        {{- '\n<tool_response>\n' }}
+        {{- show(message.content) }}
+        {{- '\n</tool_response>' }}
+        {{- '<|im_end|>\n' if loop.last or loop.nextitem.role != 'tool' else '' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\n' }}
+{%- endif %}"""
 
 # The same examples on every run, however slow the machine; `--hypothesis-profile=explore` draws new ones.
 settings.register_profile("ci", derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
@@ -33,17 +101,40 @@ def make_tiny(family: str, seed: int = 0):
     return model, ADAPTERS[family](tokenizer, image_processor, model.config)
 
 
-@pytest.fixture(scope="session", params=FAMILIES)
+def make_tool_user(*answers: str, family: str = "qwen3_vl"):
+    """(model, adapter) with a chat template that knows tools. With `answers`, each a token of its own, the policy says
+    one of them or stops, with about the same probability."""
+    model, processor = tiny_vlm.make_tiny(family)
+    processor.chat_template = TOOL_TEMPLATE
+    processor.tokenizer.add_tokens(list(answers))
+    model.resize_token_embeddings(len(processor.tokenizer))
+    for token in (*answers, processor.tokenizer.eos_token) if answers else ():
+        favour(model, processor.tokenizer.convert_tokens_to_ids(token), by=9.0)
+    return model, ProcessorAdapter(processor, model.config)
+
+
+@pytest.fixture(scope="session", params=DEMONSTRATIONS)
 def tiny(request):
     """(model, adapter) of each family in turn; tests must leave the weights as they are."""
     return make_tiny(request.param)
+
+
+# What Transformers' classes of a family ask for beyond the project's packages; `.ci/run` installs all of it
+NEEDS = {"smolvlm": ("torchvision", "num2words"), **dict.fromkeys(("mistral3", "pixtral"), ("torchvision",))}
+NEEDS |= dict.fromkeys(("cohere2_vision", "ernie4_5_vl_moe", "lfm2_vl", "lighton_ocr", "llama4"), ("torchvision",))
+
+
+def not_installed(family: str) -> str:
+    """The packages that this family needs and that are not here; in CI none may be missing."""
+    return "" if os.environ.get("CI") else ", ".join(name for name in NEEDS.get(family, ()) if not find_spec(name))
 
 
 def favour(model, token: int, by: float) -> None:
     """Give a model an output head for which the logit of this token is `by` above what the weights say."""
     head = nn.Linear(*model.lm_head.weight.T.shape)
     head.weight.data.copy_(model.lm_head.weight)
-    head.bias.data.zero_()[token] = by
+    head.bias.data.zero_() if model.lm_head.bias is None else head.bias.data.copy_(model.lm_head.bias)
+    head.bias.data[token] = by
     model.lm_head = head
 
 
@@ -56,7 +147,7 @@ def make_trainer(
         env: a verifiers environment, or a dict: the shapes environment with these arguments.
         server: where completions come from; None: what the config says.
         seed: of the weights and of the run.
-        favoured: name of a token (the tokenizer's `eos_token_id`, the adapter's `image_token_id`) whose logit is `by`
+        favoured: name of a token (the tokenizer's `eos_token_id`, the processor's `image_token_id`) whose logit is `by`
             above what the weights say.
         max_model_len: of the server in this process.
         tiny: (model, adapter) to train, in place of new ones of the family.
@@ -64,7 +155,7 @@ def make_trainer(
     """
     model, adapter = tiny or make_tiny(family, seed=seed)
     if favoured is not None:
-        token = getattr(adapter, favoured, None)
+        token = getattr(adapter.processor, favoured, None)
         favour(model, getattr(adapter.tokenizer, favoured) if token is None else token, by)
     if max_model_len is not None:
         server = LocalServer(model, adapter, seed=seed, max_model_len=max_model_len)
@@ -75,6 +166,17 @@ def make_trainer(
     elif env is not None:
         trainer.set_environment(env)
     return trainer
+
+
+def processed(adapter, images) -> dict[str, torch.Tensor]:
+    """What the family's image processor makes of these pictures, all at once."""
+    return dict(adapter.processor.image_processor(images=images, return_tensors="pt"))
+
+
+@torch.no_grad()
+def count_features(model, tensors) -> int:
+    """How many features the model's own vision tower gives for these tensors: as many placeholders must stand there."""
+    return sum(part.flatten(0, -2).shape[0] for part in model.get_image_features(**tensors).pooler_output)
 
 
 def picture(seed: int = 0) -> dict:

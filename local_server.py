@@ -7,22 +7,27 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import inspect
 import json
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal
 
 import httpx
 import openai
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
+from transformers.cli.serving.utils import get_response_template
 
-from shared_prefix import prefill
+from shared_prefix import prefill, tolerance
 
 if TYPE_CHECKING:
     from mm_grpo import MultimodalRLConfig
+
+COMPARED_TOKENS = 3  # of a completion, to try the cache: one that the prompt predicts, two that the cache does
 
 
 class BadRequest(Exception):
@@ -47,10 +52,13 @@ NEUTRAL = {
     "stream": (False,),
     "stop": ([], ""),
     "top_logprobs": (0,),
-    "tools": ([],),
+    "parallel_tool_calls": (True,),
+    "modalities": (["text"],),  # verifiers asks for it where a prompt has sound
     "logprobs": (True, False),
     "return_token_ids": (True, False),
 }
+
+PROBE = [{"role": "user", "content": "?"}]  # a prompt that shows tools, if the chat template knows them
 
 
 class ChatCompletionRequest(BaseModel):
@@ -66,6 +74,10 @@ class ChatCompletionRequest(BaseModel):
     top_p: float | None = Field(None, gt=0, le=1, description="be in (0, 1]")
     seed: int | None = Field(None, ge=-(2**63), lt=2**63, description="be a whole number of 64 bits")
     logit_bias: dict[int, float] | None = Field(None, description="map token ids to numbers")
+    tools: list[dict[str, Any]] | None = Field(None, description="be a list of functions, in OpenAI's shape")
+    tool_choice: Literal["auto", "none"] | None = Field(
+        None, description="be 'auto' or 'none' (to force a call, roll out on a vLLM server: vllm_server_host)"
+    )
 
     @classmethod
     def parse(cls, body: bytes) -> ChatCompletionRequest:
@@ -96,6 +108,7 @@ class Completion:
     top_p: float
     logit_bias: dict[int, float]
     noise: Tensor  # (max_tokens,) uniform numbers, one a token
+    tools: list[dict] | None = None  # whose calls are looked for in the answer
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
 
@@ -107,7 +120,8 @@ class LocalServer(httpx.AsyncBaseTransport):
     """An OpenAI-compatible chat server inside the process, as the transport of its own client (see `rollouts.Server`).
 
     Requests that are in flight together are generated together; each distinct prompt runs through the model once,
-    images included, and its key-value cache serves all its completions. Sampling does not depend on that: every request
+    images included, and its key-value cache serves all its completions; a model for which that is not the plain forward
+    (`cache_is_exact`) runs prompt and completion anew for each token. Sampling does not depend on that: every request
     draws from a random stream of its own, given by `seed`, its prompt, and how often that prompt was asked before.
 
     Args:
@@ -136,7 +150,7 @@ class LocalServer(httpx.AsyncBaseTransport):
             if not hasattr(adapter, method):
                 raise TypeError(
                     f"adapter: {type(adapter).__name__} has no {method}(), which generation in this process needs; "
-                    "derive it from adapters.ImageAdapter, or roll out on a vLLM server (vllm_server_host)"
+                    "derive it from adapters.ProcessorAdapter, or roll out on a vLLM server (vllm_server_host)"
                 )
         self.model, self.adapter, self.seed = model, adapter, seed
         self.model_name, self.max_images, self.bf16 = model_name, max_images, bf16
@@ -150,6 +164,8 @@ class LocalServer(httpx.AsyncBaseTransport):
         )
         eos = model.generation_config.eos_token_id
         self.stop_ids = {adapter.tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
+        self.cache_is_exact: bool | None = None  # found out with the first requests
+        self.call_form = get_response_template(adapter.tokenizer, model)  # how it writes tool calls; None: not known
         self.pending: list[tuple[Completion, asyncio.Future]] = []
         self.encoded: dict[str, Any] = {}  # the pending requests' prompts, by key
         self.times_asked: dict[str, int] = {}
@@ -202,8 +218,11 @@ class LocalServer(httpx.AsyncBaseTransport):
         self.pending, self.encoded = [], {}
         try:
             if batch:
+                completions = [completion for completion, _ in batch]
+                if self.cache_is_exact is None:
+                    self.cache_is_exact = cache_is_exact(self.model, self.adapter, completions)
                 with torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.bf16):
-                    generate(self.model, self.adapter, [completion for completion, _ in batch], self.stop_ids)
+                    generate(self.model, self.adapter, completions, self.stop_ids, self.cache_is_exact)
             for _, waiting in batch:
                 waiting.set_result(None)
         except Exception as error:  # the cause reaches the client as it would from vLLM
@@ -224,7 +243,15 @@ class LocalServer(httpx.AsyncBaseTransport):
                 f"{vocabulary}",
                 "logit_bias",
             )
-        key, prompt = self.encode(request.messages)
+        key, prompt = self.encode(request.messages, request.tools or None)
+        callable_tools = request.tools if request.tool_choice != "none" else None
+        if callable_tools and self.call_form is None:
+            raise BadRequest(
+                f"tools: Transformers does not know how {type(self.model).__name__} writes calls. Set tokenizer."
+                "response_template, ask with tool_choice='none' (calls stay text), or roll out on a vLLM server with "
+                "--enable-auto-tool-choice --tool-call-parser (vllm_server_host)",
+                "tools",
+            )
         room = self.max_model_len - len(prompt.ids)
         wanted = request.max_completion_tokens or request.max_tokens or room
         if room < 1 or wanted > room:
@@ -239,12 +266,15 @@ class LocalServer(httpx.AsyncBaseTransport):
             stream = int(hashlib.sha256(f"{self.seed} {key} {count}".encode()).hexdigest()[:15], 16)
         noise = torch.rand(wanted, generator=torch.Generator().manual_seed(stream), dtype=torch.float64)
         temperature = 1.0 if request.temperature is None else request.temperature
-        return Completion(prompt, key, wanted, temperature, request.top_p or 1.0, bias, noise)
+        return Completion(prompt, key, wanted, temperature, request.top_p or 1.0, bias, noise, callable_tools)
 
-    def encode(self, messages: list[dict[str, Any]]) -> tuple[str, Any]:
+    def encode(self, messages: list[dict[str, Any]], tools: list[dict] | None = None) -> tuple[str, Any]:
         """(key, encoded prompt) of these messages. The G requests of a group carry the same ones: encoded once."""
-        key = hashlib.sha256(json.dumps(messages, sort_keys=True).encode()).hexdigest()
+        shown = (messages, tools) if tools else (messages,)
+        key = hashlib.sha256("".join(json.dumps(part, sort_keys=True) for part in shown).encode()).hexdigest()
         try:
+            if tools and self.adapter.encode_prompt(PROBE, tools).ids == self.adapter.encode_prompt(PROBE).ids:
+                raise BadRequest("tools: this model's chat template does not show them; set another one", "tools")
             if key not in self.encoded:
                 parts = [part for m in messages if isinstance(m.get("content"), list) for part in m["content"]]
                 images = sum(part["type"] == "image_url" for part in parts)
@@ -252,8 +282,10 @@ class LocalServer(httpx.AsyncBaseTransport):
                     raise BadRequest(
                         f"At most {self.max_images} image(s) may be provided in one prompt, got {images}.", "image"
                     )
-                self.encoded[key] = self.adapter.encode_prompt(messages)
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+                self.encoded[key] = self.adapter.encode_prompt(*shown)
+        except BadRequest:
+            raise
+        except Exception as error:  # whatever a chat template raises for what it does not take
             raise BadRequest(f"messages: {type(error).__name__}: {error}", "messages") from None
         return key, self.encoded[key]
 
@@ -265,10 +297,12 @@ class LocalServer(httpx.AsyncBaseTransport):
             for token, logprob in zip(tokenizer.convert_ids_to_tokens(ids), completion.logprobs)
         ]
         P, C = len(completion.prompt.ids), len(ids)
+        message = self.message(completion)
+        stopped = "tool_calls" if "tool_calls" in message else "stop"
         choice = {
             "index": 0,
-            "message": {"role": "assistant", "content": tokenizer.decode(ids, skip_special_tokens=True)},
-            "finish_reason": "stop" if ids[-1] in self.stop_ids else "length",
+            "message": message,
+            "finish_reason": stopped if ids[-1] in self.stop_ids else "length",
             "logprobs": {"content": content},
             "token_ids": ids,
         }
@@ -282,11 +316,60 @@ class LocalServer(httpx.AsyncBaseTransport):
             "prompt_token_ids": completion.prompt.ids,
         }
 
+    def message(self, completion: Completion) -> dict:
+        """The answer as a chat message. A tool call that is not well-formed leaves all of it text, as with vLLM."""
+        tokenizer = self.adapter.tokenizer
+        text = {"role": "assistant", "content": tokenizer.decode(completion.ids, skip_special_tokens=True)}
+        if not completion.tools:
+            return text
+        form, context = self.call_form, dict(prefix=completion.prompt.ids, tools=completion.tools)
+        try:
+            parsed = tokenizer.parse_response(completion.ids, form, **context)
+            # ids that are the same for the same answer: what follows is the same prompt then, and encoded once
+            calls = [tool_call(f"call-{completion.key[:16]}-{i}", call) for i, call in enumerate(parsed["tool_calls"])]
+        except (KeyError, TypeError, ValueError, RecursionError):
+            return text
+        return {**text, "content": None, **parsed, "tool_calls": calls}
+
+
+def tool_call(call_id: str, parsed: dict) -> dict:
+    """A tool call of OpenAI's shape. Raises KeyError, TypeError or ValueError for one that is not well-formed."""
+    name, arguments = parsed["function"]["name"], parsed["function"]["arguments"]
+    if not (isinstance(name, str) and isinstance(arguments, dict)):
+        raise TypeError(f"tool call: expected a name and a dict of arguments, got {name!r} and {arguments!r}")
+    function = {"name": name, "arguments": json.dumps(arguments, ensure_ascii=False)}
+    json.dumps(function, ensure_ascii=False).encode()  # half a surrogate pair cannot be sent
+    return {"id": call_id, "type": "function", "function": function}
+
 
 @torch.no_grad()
-def generate(model, adapter, completions: Sequence[Completion], stop_ids: set[int]) -> None:
-    """Sample these completions into their `ids` and `logprobs`: B completions of K distinct prompts grow together, a
-    token a forward."""
+def generate(model, adapter, completions: Sequence[Completion], stop_ids: set[int], cached: bool = True) -> None:
+    """Sample these completions into their `ids` and `logprobs`: they grow together, a token a forward."""
+    device, B = model.device, len(completions)
+    temperature = torch.tensor([[completion.temperature] for completion in completions], device=device)  # (B, 1)
+    top_p = torch.tensor([[completion.top_p] for completion in completions], device=device, dtype=torch.float64)
+    next_logits = cached_logits if cached else repeated_logits
+    for t, logits in enumerate(next_logits(model, adapter, completions)):
+        if t == 0:
+            bias = torch.zeros(B, logits.shape[-1], device=device)
+            for row, completion in enumerate(completions):
+                for token, value in completion.logit_bias.items():
+                    bias[row, token] = value
+        noise = [[completion.noise[min(t, completion.max_tokens - 1)]] for completion in completions]
+        drawn = sample(logits.float() + bias, temperature, top_p, torch.tensor(noise, device=device))  # (B,) each
+        for completion, token, logprob in zip(completions, *(values.tolist() for values in drawn)):
+            if not completion.finished(stop_ids):
+                completion.ids.append(token)
+                completion.logprobs.append(logprob)
+        if all(completion.finished(stop_ids) for completion in completions):
+            return
+
+
+def cached_logits(model, adapter, completions: Sequence[Completion]) -> Iterator[Tensor]:
+    """(B, V) logits of each completion's next token, again and again, the completions having grown by a token since.
+
+    Their K distinct prompts run once; then the cache goes on with a token a row.
+    """
     prompts: dict[str, int] = {}  # key -> number of the prompt
     first_of_prompt: list[Completion] = []
     for completion in completions:
@@ -298,32 +381,59 @@ def generate(model, adapter, completions: Sequence[Completion], stop_ids: set[in
     inputs = adapter.prompt_inputs([completion.prompt for completion in first_of_prompt])
     inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
     logits, cache, mask, positions = prefill(model, inputs, prompt_of_row)
-
-    B, V = logits.shape
-    bias = torch.zeros(B, V, device=device)
-    for row, completion in enumerate(completions):
-        for token, value in completion.logit_bias.items():
-            bias[row, token] = value
-    temperature = torch.tensor([[completion.temperature] for completion in completions], device=device)  # (B, 1)
-    top_p = torch.tensor([[completion.top_p] for completion in completions], device=device, dtype=torch.float64)
-    for t in range(max(completion.max_tokens for completion in completions)):
-        noise = [[completion.noise[min(t, completion.max_tokens - 1)]] for completion in completions]
-        drawn = sample(logits.float() + bias, temperature, top_p, torch.tensor(noise, device=device))  # (B,) each
-        for completion, token, logprob in zip(completions, *(values.tolist() for values in drawn)):
-            if not completion.finished(stop_ids):
-                completion.ids.append(token)
-                completion.logprobs.append(logprob)
-        if all(completion.finished(stop_ids) for completion in completions):
-            return
-        mask = torch.cat([mask, mask.new_ones(B, 1)], dim=-1)
+    while True:
+        yield logits
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=-1)
         output = model(
-            input_ids=drawn[0][:, None],
+            input_ids=torch.tensor([completion.ids[-1:] for completion in completions], device=device),
             attention_mask=mask,
-            position_ids=positions + t,
+            position_ids=positions,
             past_key_values=cache,
             use_cache=True,
         )
-        logits = output.logits[:, -1]
+        logits, positions = output.logits[:, -1], positions + 1
+
+
+def repeated_logits(model, adapter, completions: Sequence[Completion]) -> Iterator[Tensor]:
+    """What `cached_logits` gives, by the plain forward of prompt and completion, anew for each token. Sequences of one
+    length run together, so that nothing is padded."""
+    keep = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    while True:
+        rows_of_length: dict[int, list[int]] = {}
+        for row, completion in enumerate(completions):
+            rows_of_length.setdefault(len(completion.prompt.ids) + len(completion.ids), []).append(row)
+        logits: dict[int, Tensor] = {}  # of each row
+        for rows in rows_of_length.values():
+            prompts = [completions[row].prompt for row in rows]
+            prompts = [replace(prompt, ids=prompt.ids + completions[row].ids) for prompt, row in zip(prompts, rows)]
+            inputs = {name: tensor.to(model.device) for name, tensor in adapter.prompt_inputs(prompts).items()}
+            logits |= zip(rows, model(**inputs, **keep).logits[:, -1])
+        yield torch.stack([logits[row] for row in range(len(completions))])
+
+
+@torch.no_grad()
+def cache_is_exact(model, adapter, completions: Sequence[Completion]) -> bool:
+    """Whether a cache that goes on from a prompt gives the plain forward's logprobs, tried on the longest prompt, for
+    two rows, and the shortest, padded. A model for which it does not is warned about; generation repeats its prompts.
+    """
+    by_length = sorted(completions, key=lambda completion: len(completion.prompt.ids))
+    tried = [replace(completion, ids=[]) for completion in (by_length[-1], by_length[-1], by_length[0])]
+    try:
+        cached, repeated = (next_logits(model, adapter, tried) for next_logits in (cached_logits, repeated_logits))
+        differences = []
+        for _ in range(COMPARED_TOKENS):
+            one, other = (next(logits).float().log_softmax(-1) for logits in (cached, repeated))
+            differences.append((one - other).abs().mean())
+            for completion in tried:
+                completion.ids.append(completion.prompt.ids[-1])  # a token that is sure not to stand for an image
+        off = torch.stack(differences).max()
+        if off <= tolerance(model):
+            return True
+        reason = f"logprobs are off by {off:.1e}"
+    except Exception as error:  # the cache is the model's own affair, and so is how it fails
+        reason = f"{type(error).__name__}: {error}"
+    warnings.warn(f"{type(model).__name__}: generation in this process repeats the prompt for each token: {reason}")
+    return False
 
 
 def sample(logits: Tensor, temperature: Tensor, top_p: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:

@@ -21,9 +21,8 @@ Where this departs from the paper:
  7. Token in, token out: the ids that were sampled are the ids that are trained on, nothing is tokenised again.
 
 Run it:
-    python mm_grpo.py --adapter qwen                          # tiny Qwen2-VL, random weights, learns to see on a CPU
-    python mm_grpo.py --adapter qwen --env_args '{"blind": true}'   # the control: nothing to see, nothing learned
-    python mm_grpo.py --adapter qwen --vllm_server_host 127.0.0.1   # rollouts by a vLLM server; the README starts one
+    python mm_grpo.py --adapter qwen                          # a tiny model, random weights, learns to see on a CPU
+    python mm_grpo.py --model NAME --vllm_server_host localhost     # any Transformers model, rollouts by a vLLM server
     python mm_grpo.py --help                                  # every field of the config
 
 Dimensions: B rows (sequences), L sequence length, T = L - 1 predicted tokens, G group size (completions of one prompt),
@@ -371,9 +370,9 @@ class MultimodalBatch:
 
 
 class MultimodalAdapter(ABC):
-    """Turns rollouts into a batch for one model family; the only place that knows the family.
+    """Turns rollouts into a batch for a model; the only place that knows what the model's forward takes.
 
-    `adapters.py` has the ones for Qwen-VL and LLaVA and what they share; the README writes a new one in 25 lines.
+    `adapters.ProcessorAdapter` serves every family with a Transformers processor; the README writes one in 14 lines.
     """
 
     # Token ids that stand for media (image, video). They are never sampled: requests carry a logit_bias of -100 for
@@ -430,6 +429,7 @@ class MultimodalRLConfig:
     generation_timeout: Positive = option(600.0, "seconds until a request for a completion to a vLLM server fails")
     env_id: str = option("shapes-env", "verifiers environment: any installed one")
     env_args: dict | str | None = option(None, "its arguments, as JSON")  # a dict in Python
+    processor_kwargs: dict | str | None = option(None, 'for the processor, as JSON: {"max_pixels": 401408}')
     primary_reward_key: str = option("reward", "what is trained: 'reward' (the rubric's sum) or one of its metrics")
     eval_examples: AtLeast0 = option(256, "examples of the greedy evaluation before and after training; 0: none")
     vllm_server_host: str | None = option(None, "host of a vLLM server for the rollouts; unset: in this process")
@@ -455,7 +455,7 @@ class MultimodalRLConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
-        self.env_args = json_object(self, "env_args")
+        self.env_args, self.processor_kwargs = json_object(self, "env_args"), json_object(self, "processor_kwargs")
         of_group = f"rollouts_per_example={self.rollouts_per_example}"
         whole = self.rollouts_per_step % self.rollouts_per_example == 0
         check_setting(self, "rollouts_per_step", whole, f"must be a multiple of {of_group}")
@@ -475,13 +475,13 @@ class Policy(nn.Module):
         super().__init__()
         self.model, self.temperature, self.placeholder_ids, self.bf16 = model, temperature, placeholder_ids, bf16
         self.version = 0
-        self.head_is_last: bool | None = None  # found out with the first batch
+        self.head_is_last = self.sharing_is_exact = None  # bool, found out with the first batch (that shares prompts)
 
-    def forward(self, batch: MultimodalBatch, shared: SharedPrompts | None = None) -> tuple[Tensor, Tensor]:
-        """(logprobs, entropies) of this batch, (B, T) each."""
+    def forward(self, batch: MultimodalBatch, shared: SharedPrompts | None = None, cast=True) -> tuple[Tensor, Tensor]:
+        """(logprobs, entropies) of this batch, (B, T) each; without `cast`, in the weights' own precision."""
         if self.head_is_last is None:
             self.head_is_last = head_is_last(self.model, shared.prompts if shared else batch)
-        with torch.autocast(batch.input_ids.device.type, torch.bfloat16, enabled=self.bf16):
+        with torch.autocast(batch.input_ids.device.type, torch.bfloat16, enabled=self.bf16 and cast):
             return score(self.model, batch, self.temperature, self.placeholder_ids, shared, self.head_is_last)
 
 
@@ -591,7 +591,7 @@ class MultimodalGRPOTrainer:
         if config.mask_truncated_completions:
             batch = without_truncated(batch)
         weights = token_weights(batch.loss_mask[:, 1:], config.loss_type, config.max_tokens)  # (B, T)
-        parts = micro_batches(self.model, batch, (weights > 0).any(-1), self.adapter.placeholder_ids, config)
+        parts = micro_batches(self.policy, batch, (weights > 0).any(-1), config)
         parts = [part.to(self.device) for part in parts]
         whole = {  # what the loss is made of; a micro-batch takes its rows
             "behavior_logprobs": batch.behavior_logprobs[:, 1:].to(self.device),  # (B, T)
@@ -712,8 +712,8 @@ def parse_arguments(argv: Sequence[str] | None, families: Sequence[str]) -> tupl
     from transformers import HfArgumentParser
 
     parser = HfArgumentParser(MultimodalRLConfig, description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    parser.add_argument("--adapter", choices=sorted(families), required=True, help="model family")
-    parser.add_argument("--model", help="checkpoint, a name or a folder; unset: a tiny model with random weights")
+    parser.add_argument("--adapter", choices=sorted(families), default="auto", help="auto: by the model's processor")
+    parser.add_argument("--model", help="checkpoint, a name or a folder; unset: a tiny one of the --adapter's family")
     parser.add_argument("--demo", action="store_true", help="settings for the tiny model, implied without --model")
     parser.set_defaults(output_dir=time.strftime("runs/%Y%m%d-%H%M%S"))
     try:
@@ -734,7 +734,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if arguments.demo:
         settings = ", ".join(f"{name}={getattr(config, name)}" for name in DEMO)
         print(f"settings of the demonstration (--help has the method's own): {settings}")
-    model, tokenizer, adapter = load_model(arguments.adapter, arguments.model, config.seed)
+    model, tokenizer, adapter = load_model(arguments.adapter, arguments.model, config.seed, config.processor_kwargs)
     model = model.to("cuda" if torch.cuda.is_available() else "cpu")
     parameters = sum(parameter.numel() for parameter in model.parameters())
     print(f"{type(model).__name__}, {parameters / 1e6:.2f} M parameters, on {next(model.parameters()).device}")

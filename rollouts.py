@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from verifiers.clients import OpenAIChatCompletionsClient
 
+from media import plain_messages
+
 if TYPE_CHECKING:
     import verifiers as vf
     from verifiers.types import GenerateOutputs
@@ -66,12 +68,9 @@ class ChatClient(OpenAIChatCompletionsClient):
         return result
 
     async def to_native_prompt(self, messages):
-        """Drop the None fields that a dataset gives to content parts of different types: a text's image_url."""
+        """Drop the None fields that a data set gives to parts of different shapes: a text's image_url, its detail."""
         native, extra = await super().to_native_prompt(messages)
-        for message in native:
-            if isinstance(message.get("content"), list):
-                message["content"] = [{k: v for k, v in part.items() if v is not None} for part in message["content"]]
-        return native, extra
+        return plain_messages(native), extra
 
 
 class Rollouts:

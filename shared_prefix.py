@@ -1,8 +1,9 @@
 """Each distinct prompt once: for generation, for scoring, for gradients.
 
 The G completions of a prompt share the prompt and its images. The plain forward runs G * (P + C) tokens and encodes the
-images G times; here the prompt is run once, gradients on, and the completions against its key-value cache: P + G * C
-tokens and one encoding, with the same logprobs and the same gradients. `benchmark.py` measures it.
+images G times; here the prompt is run once, gradients on, and the completions against its cache (keys and values, the
+states of convolutions and linear attention): P + G * C tokens and one encoding, with the same logprobs and the same
+gradients. `benchmark.py` measures it.
 
 Dimensions: K distinct prompts of at most P tokens, B rows of at most C tokens after their prompt, L sequence length,
 T = L - 1 predicted tokens, H hidden size.
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
@@ -21,7 +23,7 @@ from torch import Tensor, nn
 from transformers import GenerationMixin
 
 if TYPE_CHECKING:
-    from mm_grpo import MultimodalBatch, MultimodalRLConfig
+    from mm_grpo import MultimodalBatch, MultimodalRLConfig, Policy
 
 logger = logging.getLogger("mm_grpo")
 
@@ -125,23 +127,22 @@ class MicroBatch(NamedTuple):
         return MicroBatch(self.rows, self.batch.to(device), self.shared and self.shared.to(device))
 
 
-def micro_batches(
-    model: nn.Module,
-    batch: MultimodalBatch,
-    rows: Tensor,
-    placeholder_ids: Sequence[int],
-    config: MultimodalRLConfig,
-) -> list[MicroBatch]:
+def micro_batches(policy: Policy, batch: MultimodalBatch, rows: Tensor, config: MultimodalRLConfig) -> list[MicroBatch]:
     """Cut a batch into parts of at most `micro_batch_size` rows, along its prompts.
 
     Args:
+        policy: remembers whether its model can share prompts, found out with the first batch that would.
         rows: (B,) bool, those that have something to train; all are taken where none has.
-        placeholder_ids: ids that stand for media.
         config: also says whether prompts are shared.
     """
     numbers = rows.nonzero()[:, 0] if rows.any() else torch.arange(len(batch))
     chosen = batch if len(numbers) == len(batch) else batch.select(numbers)
-    shared = find_shared_prompts(model, chosen, placeholder_ids) if config.share_prefix else None
+    shared = find_shared_prompts(policy.model, chosen, policy.placeholder_ids) if config.share_prefix else None
+    if shared is not None and policy.sharing_is_exact is None:
+        policy.sharing_is_exact = sharing_is_exact(policy, chosen, shared)
+    if shared is not None and policy.sharing_is_exact is False:
+        logger.info("prompts are not shared: %s gave other numbers or an error", type(policy.model).__name__)
+        shared = None
     parts = []
     prompt_of_row = range(len(chosen)) if shared is None else shared.prompt_of_row.tolist()
     for part in cut_along_prompts(prompt_of_row, config.micro_batch_size):
@@ -149,6 +150,82 @@ def micro_batches(
         micro_batch = chosen.select(part, with_media=prompts is None)  # the prompts have the media
         parts.append(MicroBatch(numbers[part], micro_batch, prompts))
     return parts
+
+
+def sharing_is_exact(policy: Policy, batch: MultimodalBatch, shared: SharedPrompts) -> bool | None:
+    """Whether prompts that are run once give the logprobs and the gradient of each row alone, tried on three rows.
+
+    Whatever a model does with its cache shows here, before anything is trained: it returns none, or one that has no
+    rows to copy; a continuation does not go on from all of it, or writes where autograd looks. Such a model runs the
+    prompt of every row, with a warning. None: no row goes on from its prompt, the next batch may tell.
+
+    Raises:
+        ValueError: these rows have other logprobs in one plain batch than alone: what is theirs went to another row.
+    """
+    rows = compared_rows(batch, shared)
+    model, parameters = policy.model, list(policy.parameters())
+    if int((batch.attention_mask.sum(-1) - shared.lengths[shared.prompt_of_row])[rows[0]]) == 1:
+        return None
+
+    def backward(rows: list[int], shared: SharedPrompts | None, sign: int) -> Tensor:
+        part = MicroBatch(torch.tensor(rows), batch.select(rows, with_media=shared is None), shared)
+        part = part.to(parameters[0].device)
+        logprobs = policy(part.batch, part.shared, cast=False)[0][part.batch.loss_mask[:, 1:] != 0]
+        (sign * logprobs.sum()).backward()
+        return logprobs.detach()
+
+    def norm() -> Tensor:
+        return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+
+    policy.zero_grad(set_to_none=True)
+    try:
+        logprobs, of_shared = backward(rows, shared.select(rows), 1), norm()
+        off = (logprobs - torch.cat([backward([row], None, -1) for row in rows])).abs().mean()
+        left = norm() / of_shared  # of the gradient, once the plain one is taken away
+        if off <= tolerance(model) and left <= 3 * tolerance(model):
+            return True
+        reason = f"logprobs are off by {off:.1e}, the gradient by {left:.1e} of its norm"
+    except Exception as error:  # the cache is the model's own affair, and so is how it fails
+        reason = f"{type(error).__name__}: {error}"
+    finally:
+        policy.zero_grad(set_to_none=True)
+    expect_rows_alone(policy, batch, rows)
+    warnings.warn(f"{type(model).__name__}: every row runs its prompt, which cannot be run once for several: {reason}")
+    return False
+
+
+@torch.no_grad()
+def expect_rows_alone(policy: Policy, batch: MultimodalBatch, rows: list[int]) -> None:
+    """Raises ValueError where the plain forward gives these rows other logprobs together than each alone: a processor
+    may count through the patches of a prompt, or pad what its model does not mask, so that prompts cannot be joined."""
+    device = next(policy.parameters()).device
+    parts = [batch.select(part).to(device) for part in (rows, *([row] for row in rows))]
+    together, *alone = (policy(part, None, cast=False)[0][part.loss_mask[:, 1:] != 0] for part in parts)
+    off = (together - torch.cat(alone)).abs().mean()
+    if off > tolerance(policy.model):
+        raise ValueError(
+            f"{type(policy.model).__name__}: a row's logprobs depend on the rows beside it (off by {off:.1e}): its "
+            f"tensors {list(batch.media)} cannot be joined along their first dimension. Its adapter must join them"
+        )
+
+
+def tolerance(model: nn.Module) -> float:
+    """How far off the mean logprob of a model may be by rounding: float32 sums in another order give up to 1e-5 (and
+    1e-4 of the gradient's norm), in bfloat16 up to 3e-2 (and 0.2), in 24 layers of random weights."""
+    return 1e-3 if next(model.parameters()).dtype == torch.float32 else 0.1
+
+
+def compared_rows(batch: MultimodalBatch, shared: SharedPrompts) -> list[int]:
+    """Two rows of one prompt, the first with the longest completion there is among such, and one of another prompt,
+    that whose length differs most, which pads one of the two; their media are joined."""
+    prompts = shared.prompt_of_row
+    longest = batch.attention_mask.sum(-1) - shared.lengths[prompts]  # (B,)
+    row = int((longest * (prompts.bincount()[prompts] > 1)).argmax())
+    mate = next(i for i, prompt in enumerate(prompts.tolist()) if prompt == prompts[row] and i != row)
+    apart = (shared.lengths - shared.lengths[prompts[row]]).abs()
+    apart[prompts[row]] = -1
+    other = int(apart.argmax())
+    return [row, mate] + ([] if other == prompts[row] else [prompts.tolist().index(other)])
 
 
 def shared_fraction(parts: Sequence[MicroBatch]) -> float:
@@ -182,14 +259,15 @@ def prefill(model: nn.Module, inputs: dict[str, Tensor], prompt_of_row: Tensor):
 
     Returns:
         (last, cache, mask, positions): what the model gives at each prompt's last token, logits (B, V) or a body's
-        hidden states (B, H); the key-value cache and the attention mask (B, P), a row a continuation; positions (B, 1)
+        hidden states (B, H); the cache and the attention mask (B, P), a row a continuation; positions (B, 1)
         of the token after the prompt. Gradients flow where they are on.
     """
     mask = inputs["attention_mask"]
     # A model with M-RoPE places images in two dimensions by itself and leaves behind by how much text after them is
     # moved (`rope_deltas`). Everything else counts tokens, without padding.
     rope = next((module for module in model.modules() if hasattr(module, "rope_deltas")), None)
-    own_positions = rope is not None and any(name.endswith("_grid_thw") for name in inputs)
+    sections = "mrope_section" in (getattr(model.config.get_text_config(), "rope_parameters", None) or {})
+    own_positions = rope is not None and sections and any(name.endswith("_grid_thw") for name in inputs)
     if rope is not None:
         rope.rope_deltas = None  # what another forward left there belongs to other prompts
     options = {} if own_positions else {"position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
@@ -197,9 +275,17 @@ def prefill(model: nn.Module, inputs: dict[str, Tensor], prompt_of_row: Tensor):
         options["logits_to_keep"] = 1
     output = model(**inputs, **options, use_cache=True)
     cache = output.past_key_values
-    cache.batch_select_indices(prompt_of_row)
+    cache.reorder_cache(prompt_of_row)  # beam search's name for it; not every layer has `batch_select_indices`
     positions = mask.sum(-1, keepdim=True) + (rope.rope_deltas if own_positions else 0)  # (K, 1)
     return output[0][prompt_of_row, -1], cache, mask[prompt_of_row], positions[prompt_of_row]
+
+
+def keep_states(cache) -> None:
+    """Let the next forward leave recurrent states as they are: autograd needs what it read there, and nothing reads
+    what it would write."""
+    for layer in cache.layers:
+        if hasattr(layer, "update_recurrent_state"):
+            layer.update_recurrent_state = lambda states, *args, **kwargs: states
 
 
 def score_shared(
@@ -210,9 +296,9 @@ def score_shared(
 ) -> tuple[Tensor, Tensor]:
     """`mm_grpo.score` at the cost of the distinct tokens: K prompts once, then B completions against their cache.
 
-    Attention is causal: a prompt's keys and values do not depend on what follows it, and a completion sees nothing of
-    its prompt but those. So running the prompt once and copying its cache to the group's completions is the plain
-    forward with its repetitions left out. Backwards, the copy adds up the group's gradients by itself.
+    Models are causal: a prompt's keys, values and states do not depend on what follows it, and a completion sees
+    nothing of its prompt but those. So running the prompt once and copying its cache to the group's completions is the
+    plain forward with its repetitions left out. Backwards, the copy adds up the group's gradients by itself.
 
     Args:
         body: what gives the hidden states (or a whole model, which gives logits).
@@ -228,6 +314,7 @@ def score_shared(
     starts = shared.lengths[shared.prompt_of_row].to(device)  # (B,)
     ends = batch.attention_mask.sum(-1)  # (B,)
     C = int((ends - starts).max())  # longest completion
+    C += C == 2  # one token alone would take the kernels for decoding, which have no backward: padding goes with it
     columns = starts[:, None] + torch.arange(C, device=device)  # (B, C) where in the batch they stand
     inside = (columns < ends[:, None]).long()
     completions = batch.input_ids.gather(1, columns.clamp(max=L - 1))  # (B, C)
@@ -235,6 +322,7 @@ def score_shared(
     last, cache, mask, positions = prefill(body, shared.model_inputs(), prompt_of_row)
     hidden = last[:, None]  # (B, 1, H): a prompt's last token predicts each completion's first
     if C > 1:
+        keep_states(cache)
         output = body(
             input_ids=completions[:, :-1],
             attention_mask=torch.cat([mask, inside[:, :-1]], dim=1),

@@ -14,9 +14,11 @@ from typing import Literal, get_args, get_origin, get_type_hints
 import pytest
 import torch
 
-from conftest import make_tiny
+from adapters import ADAPTERS, load_model
+from conftest import make_tiny, message, picture
 from local_server import LocalServer
-from mm_grpo import LOSS_TYPES, MultimodalGRPOTrainer, MultimodalRLConfig, main
+from mm_grpo import LOSS_TYPES, MultimodalGRPOTrainer, MultimodalRLConfig, main, parse_arguments
+from vllm_server import processor_flag
 
 INF, NAN = math.inf, math.nan
 HERE = Path(__file__).parent
@@ -33,7 +35,8 @@ IMPOSSIBLE = {
     "rollouts_per_example": (1, 0), "rollouts_per_step": (0, 4, 12), "clip_low": (-0.1, 1.0, NAN),
     "mask_ratio_low": (-0.1, 1.1, NAN), "mask_ratio_high": (0.9, NAN), "mismatch_threshold": (0.0, NAN, "much"),
     "on_mismatch": ("stop",), "vllm_server_port": (0, 65536), "loss_type": ("ppo",), "scale_rewards": ("both",),
-    "env_args": ("{", "red", [1], 7), "bf16": ("yes", 1), "seed": (0.5, "x"), "output_dir": (None, 3),
+    "env_args": ("{", "red", [1], 7), "processor_kwargs": ("{", [1]), "bf16": ("yes", 1), "seed": (0.5, "x"),
+    "output_dir": (None, 3),
 }  # fmt: skip
 
 
@@ -142,7 +145,7 @@ def forwards(**settings):
     """Forward passes of the policy in an update."""
     made = trainer(**settings)
     batch = made.adapter.build_batch(made.rollouts.collect())
-    calls = []
+    calls, made.policy.sharing_is_exact = [], True  # finding that out would count
     made.policy.register_forward_hook(lambda *_: calls.append(1))
     made.update(batch)
     return len(calls)
@@ -152,9 +155,11 @@ def precision(**settings):
     """The type of what comes out of the head, in sampling and in training."""
     made, types = trainer(**settings), []
     made.model.lm_head.register_forward_hook(lambda module, args, output: types.append(output.dtype))
+    made.server.cache_is_exact = made.policy.sharing_is_exact = made.policy.head_is_last = (
+        True  # to find out is in float32
+    )
     outputs = made.rollouts.collect()
     sampling, types[:] = set(types), []
-    made.policy.head_is_last = True  # or finding that out would count
     made.update(made.adapter.build_batch(outputs))
     return sampling, set(types)
 
@@ -250,6 +255,7 @@ ELSEWHERE = {
     "max_steps": "test_a_run_writes_where_it_is_told_as_often_as_it_is_told",
     "log_every_steps": "test_a_run_writes_where_it_is_told_as_often_as_it_is_told",
     "env_id": "test_the_environment_and_its_arguments_are_those_of_the_command_line",
+    "processor_kwargs": "test_processor_kwargs_hold_for_prompts_and_batches_and_the_server_is_told_the_flag",
     "env_args": "test_the_environment_and_its_arguments_are_those_of_the_command_line",
     "loss_type": "test_each_loss_type_is_another_loss",
     "generation_timeout": "test_a_request_that_takes_too_long_fails_alone_and_is_not_taken_for_a_lost_server",
@@ -294,3 +300,16 @@ def test_the_environment_and_its_arguments_are_those_of_the_command_line(tmp_pat
     assert "colour" in refusal(
         "--primary_reward_key", "style", "--eval_examples", "2", *out
     )  # shapes-env's own metrics
+
+
+def test_processor_kwargs_hold_for_prompts_and_batches_and_the_server_is_told_the_flag():
+    fewer = {"max_pixels": 28 * 28}
+    lengths = []
+    for options in ({}, fewer):
+        _, _, adapter = load_model("qwen", None, processor_kwargs=options)
+        prompt = adapter.encode_prompt(message(picture(0), "red"))
+        lengths.append(adapter.placeholders(prompt.ids).total())
+        assert len(prompt.media.tensors["pixel_values"]) == 4 * lengths[-1]
+    assert lengths == [4, 1]
+    assert processor_flag(adapter) == "--mm-processor-kwargs '{\"max_pixels\": 784}'"
+    assert parse_arguments(["--processor_kwargs", json.dumps(fewer)], ADAPTERS)[0].processor_kwargs == fewer

@@ -17,19 +17,18 @@ import verifiers as vf
 from datasets import Dataset
 
 import conftest
-from conftest import message, picture
+from conftest import DEMONSTRATIONS, message, picture
 from local_server import LocalServer
 from mm_grpo import LOSS_TYPES, MultimodalBatch, group_advantages, row_advantages, score
 from rollouts import with_reward
 from shared_prefix import find_shared_prompts
-from tiny_vlm import FAMILIES
 
 # The alarm of an update whose rollouts are not the policy's own: here it ends the test that did not expect it.
 pytestmark = pytest.mark.filterwarnings("error:.*mismatch_threshold")
 SILENT = 1e3  # mismatch_threshold of tests that edit the server's logprobs, or the model after it has sampled
 
 INF, NAN = math.inf, math.nan
-both_families = pytest.mark.parametrize("family", FAMILIES)
+both_families = pytest.mark.parametrize("family", DEMONSTRATIONS)
 # Server and trainer add the same float32 numbers in another order: logprobs of these models differ by about 1e-6.
 ON_POLICY = 1e-4
 SPREAD = [0.0, 1.0, 2.0, 3.0] * 2  # rewards of two groups of four

@@ -7,8 +7,10 @@ The server is asked through the OpenAI client that training uses. What it answer
 """
 
 import asyncio
+import json
 import math
 from collections import Counter
+from dataclasses import replace
 
 import httpx
 import openai
@@ -17,11 +19,12 @@ import torch
 import verifiers as vf
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
+from transformers.cli.serving.utils import get_response_template
 
-from conftest import make_tiny, message, picture
-from local_server import LocalServer, sample
+from conftest import DEMONSTRATIONS, count_features, make_tiny, make_tool_user, message, picture, processed
+from local_server import ChatCompletionRequest, LocalServer, sample
+from media import image_urls, load_image
 from rollouts import ChatClient
-from tiny_vlm import FAMILIES
 
 PROMPTS = [
     message(picture(0), "red"),
@@ -31,7 +34,7 @@ PROMPTS = [
 ]
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=DEMONSTRATIONS)
 def lively(request):
     """(model, adapter) whose weights are twice as large as fresh ones: it has opinions, and greedy answers differ."""
     model, adapter = make_tiny(request.param)
@@ -66,9 +69,9 @@ def plain_logits(model, adapter, messages, answer):
     """(C, V) float64: the logits that the answer's tokens were drawn from, bias applied; by one forward, no cache."""
     prompt = adapter.encode_prompt(messages)
     assert answer.prompt_token_ids == prompt.ids
-    prompt.ids = prompt.ids + ids_of(answer)
+    whole = replace(prompt, ids=prompt.ids + ids_of(answer))
     with torch.no_grad():
-        logits = model(**adapter.prompt_inputs([prompt])).logits[0]
+        logits = model(**adapter.prompt_inputs([whole])).logits[0]
     logits[:, adapter.placeholder_ids] -= 100
     return logits[len(answer.prompt_token_ids) - 1 : -1].double()
 
@@ -164,8 +167,9 @@ def test_an_answer_ends_at_the_stop_token_or_at_its_own_limit_and_says_which(liv
     word = adapter.tokenizer.decode([20])
     assert [answer.choices[0].message.content for answer in answers] == ["", " ".join([word] * 2), " ".join([word] * 5)]
     for answer, messages in zip(answers, PROMPTS):
-        features = sum(image.num_tokens for image in adapter.encode_prompt(messages).images)
-        held = answer.prompt_token_ids.count(adapter.image_token_id)
+        images = [load_image(url) for url in image_urls(messages)]
+        features = count_features(model, processed(adapter, images))
+        held = answer.prompt_token_ids.count(adapter.processor.image_token_id)
         assert held == features > 1  # one placeholder a feature, not an image
         prompt, completion, usage = len(answer.prompt_token_ids), len(ids_of(answer)), answer.usage
         counted = (usage.prompt_tokens, usage.completion_tokens, usage.total_tokens)
@@ -186,18 +190,19 @@ def test_tokens_come_as_often_as_they_are_probable(tiny):
 
 def test_each_distinct_prompt_runs_once_with_its_images_and_a_token_a_forward_follows(lively):
     model, adapter = lively
-    seen = []
+    server, seen = LocalServer(model, adapter), []
+    ask(server, dict(messages=PROMPTS[0], max_completion_tokens=1))  # the first requests also try the cache
     tower = model.model.visual if hasattr(model.model, "visual") else model.model.vision_tower
     pixels = lambda _, args, kwargs: seen.append(len(kwargs.get("pixel_values", *args[:1])))
     tokens = lambda _, args, kwargs: seen.append(tuple(kwargs["input_ids"].shape))
     watched = ((tower, pixels), (model, tokens))
     hooks = [module.register_forward_pre_hook(hook, with_kwargs=True) for module, hook in watched]
     requests = [dict(messages=m, max_completion_tokens=4, logit_bias={"20": 100}) for m in PROMPTS] * 5
-    ask(LocalServer(model, adapter), *requests)
+    ask(server, *requests)
     for hook in hooks:
         hook.remove()
     prompts = [adapter.encode_prompt(messages) for messages in PROMPTS]
-    pixel_rows = sum(len(image.tensors["pixel_values"]) for prompt in prompts for image in prompt.images)
+    pixel_rows = sum(len(prompt.media.tensors["pixel_values"]) for prompt in prompts if prompt.media)
     assert seen == [(4, max(len(prompt.ids) for prompt in prompts)), pixel_rows, (20, 1), (20, 1), (20, 1)]
 
 
@@ -256,6 +261,8 @@ def image(url):
     return dict(messages=message({"type": "image_url", "image_url": {"url": url}}))
 
 
+COLOUR = {"type": "object", "properties": {"colour": {"type": "string"}, "times": {"type": "integer"}}}
+LOOK = {"type": "function", "function": {"name": "look", "description": "Look for a colour.", "parameters": COLOUR}}
 # a PNG of a few bytes whose header promises four thousand million pixels
 BOMB = "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAA//8AAP//CAIAAAA5Z04HAAAAAElEQVQ1rwYeAAAAAElFTkSuQmCC"
 REFUSED = {  # the request; the parameter that is blamed; what the message says
@@ -282,6 +289,11 @@ REFUSED = {  # the request; the parameter that is blamed; what the message says
     "a temperature in words": (dict(temperature="warm"), "temperature", "warm"),
     "top_p 0": (dict(top_p=0), "top_p", r"\(0, 1\]"),
     "a seed in words": (dict(seed="x"), "seed", "x"),
+    "tools that the chat template does not show": (dict(tools=[LOOK]), "tools", "chat template does not show them"),
+    "tools that are no list": (dict(tools="look"), "tools", "list of functions.*got 'look'"),
+    "a call that is forced": (dict(tools=[LOOK], tool_choice="required"), "tool_choice", "'none'.*vllm_server_host"),
+    "one tool only": (dict(tools=[LOOK], tool_choice={"type": "function"}), "tool_choice", "'auto' or 'none'"),
+    "one call at a time": (dict(tools=[LOOK], parallel_tool_calls=False), "parallel_tool_calls", "not supported"),
 }  # fmt: skip
 
 
@@ -334,6 +346,121 @@ def test_a_request_that_is_called_off_takes_no_other_with_it(cancelled):
     assert all(answer.choices for i, answer in enumerate(answers) if i != cancelled) and later.choices
 
 
+# ---------------------------------------------------------------- tools
+
+
+def spelled(server, said, stop=True, **request):
+    """The answer of a policy that said this text, token by token, to a prompt with a tool: (its ids, the choice)."""
+    asked = dict(model="policy", messages=PROMPTS[0], tools=[LOOK], **request)
+    completion = server.prepare(ChatCompletionRequest.parse(json.dumps(asked).encode()))
+    tokenizer = server.adapter.tokenizer
+    completion.ids = tokenizer(said, add_special_tokens=False).input_ids + [tokenizer.eos_token_id] * stop
+    completion.logprobs = [0.0] * len(completion.ids)
+    choice = server.reply(completion)["choices"][0]
+    assert choice["token_ids"] == completion.ids
+    return completion, choice
+
+
+@pytest.fixture(scope="module")
+def tool_server():
+    return LocalServer(*make_tool_user())
+
+
+CALL = '<tool_call>\n{"name": "look", "arguments": {"colour": "r\u00fcd", "deep": [1, {"a": null}]}}\n</tool_call>'
+
+
+@pytest.mark.parametrize("content", ["", "Look now : "], ids=["alone", "beside a text"])
+@pytest.mark.parametrize("calls", [1, 2])
+def test_a_well_formed_call_is_answered_as_one_and_its_turn_goes_on_with_the_very_ids(calls, content, tool_server):
+    said = "\n".join(([content.strip()] if content else []) + [CALL] * calls)
+    completion, choice = spelled(tool_server, said)
+    answer = choice["message"]
+    assert choice["finish_reason"] == "tool_calls" and answer["content"] == (content.strip() or None)
+    expected = {"name": "look", "arguments": '{"colour": "r\u00fcd", "deep": [1, {"a": null}]}'}
+    assert [call["function"] for call in answer["tool_calls"]] == [expected] * calls
+    assert len({call["id"] for call in answer["tool_calls"]}) == calls
+    results = [{"role": "tool", "tool_call_id": call["id"], "content": "red"} for call in answer["tool_calls"]]
+    adapter, so_far = tool_server.adapter, completion.prompt.ids + completion.ids
+    assert adapter.encode_prompt([*PROMPTS[0], answer, *results], [LOOK]).ids[: len(so_far)] == so_far
+
+
+MALFORMED = {
+    "no JSON": "{look}",
+    "JSON that ends early": '{"name": "look", "arguments": {',
+    "no arguments": '{"name": "look"}',
+    "no name": '{"arguments": {}}',
+    "arguments that are no object": '{"name": "look", "arguments": "red"}',
+    "a name that is no string": '{"name": 3, "arguments": {}}',
+    "a list": "[1]",
+    "no call at all": "",
+    "half a surrogate pair": '{"name": "\\ud800", "arguments": {}}',
+    "brackets without end": '{"name": "look", "arguments": {"colour": ' + "[" * 5000,
+}
+
+
+@pytest.mark.parametrize("inside", MALFORMED.values(), ids=MALFORMED)
+def test_a_call_that_is_not_well_formed_is_a_text_like_any_other(inside, tool_server):
+    said = f"red {CALL} <tool_call>{inside}</tool_call>"
+    _, choice = spelled(tool_server, said, max_completion_tokens=9)
+    assert choice["message"] == {"role": "assistant", "content": said} and choice["finish_reason"] == "stop"
+
+
+def test_a_call_in_an_answer_that_was_cut_off_leaves_it_cut_off(tool_server):
+    _, choice = spelled(tool_server, CALL + " red", stop=False)
+    assert choice["message"]["tool_calls"] and choice["finish_reason"] == "length"
+
+
+def test_with_tool_choice_none_the_tools_are_shown_and_calls_stay_text(tool_server):
+    completion, choice = spelled(tool_server, CALL, tool_choice="none")
+    assert choice["message"] == {"role": "assistant", "content": CALL} and choice["finish_reason"] == "stop"
+    assert completion.prompt.ids == spelled(tool_server, CALL)[0].prompt.ids
+
+
+def test_the_form_of_calls_is_the_familys_own():
+    """Transformers knows it by the model's type. Qwen3.5 writes XML, where the tool's schema says what is a number."""
+    parameters = "".join(f"<parameter={name}>\n7\n</parameter>\n" for name in ("colour", "times"))
+    said = f"<tool_call>\n<function=look>\n{parameters}</function>\n</tool_call>"
+    _, choice = spelled(LocalServer(*make_tool_user(family="qwen3_5")), said)
+    assert [call["function"] for call in choice["message"]["tool_calls"]] == [
+        {"name": "look", "arguments": '{"colour": "7", "times": 7}'}
+    ]
+
+
+def test_where_the_form_of_calls_is_not_known_the_error_says_what_to_do_and_a_response_template_is_a_way():
+    model, adapter = make_tool_user(family="internvl")
+    request = dict(messages=PROMPTS[3], tools=[LOOK], max_completion_tokens=2)
+    with pytest.raises(
+        openai.BadRequestError, match="response_template.*tool_choice='none'.*--tool-call-parser"
+    ) as refused:
+        ask(LocalServer(model, adapter), request)
+    assert refused.value.response.json()["error"]["param"] == "tools"
+    assert ask(LocalServer(model, adapter), {**request, "tool_choice": "none"})
+    adapter.tokenizer.response_template = get_response_template(adapter.tokenizer, make_tool_user()[0])
+    assert ask(LocalServer(model, adapter), request)
+
+
+def test_the_same_messages_with_other_tools_are_another_prompt(tool_server):
+    other = {"type": "function", "function": {**LOOK["function"], "name": "listen"}}
+    requests = [dict(messages=PROMPTS[0], max_completion_tokens=2, tools=tools) for tools in ([LOOK], [other], [])]
+    prompts = [answer.prompt_token_ids for answer in ask(tool_server, *requests)]
+    texts = [tool_server.adapter.tokenizer.decode(ids) for ids in prompts]
+    assert ['"look"' in t for t in texts] == [True, False, False] and ['"listen"' in t for t in texts] == [
+        False,
+        True,
+        False,
+    ]
+
+
+def test_whatever_a_chat_template_raises_is_a_bad_request():
+    model, adapter = make_tool_user()
+    adapter.processor.chat_template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(openai.BadRequestError, match="messages: TemplateError: roles must alternate"):
+        ask(LocalServer(model, adapter), dict(messages=PROMPTS[0]))
+
+
+# ---------------------------------------------------------------- and the rest
+
+
 def test_the_models_route_names_the_policy(tiny):
     server = LocalServer(*tiny, model_name="mine", max_model_len=77)
 
@@ -344,7 +471,7 @@ def test_the_models_route_names_the_policy(tiny):
 
 
 def test_an_adapter_that_encodes_no_prompts_is_refused_with_a_way_out(tiny):
-    with pytest.raises(TypeError, match="object has no encode_prompt.*ImageAdapter.*vllm_server_host"):
+    with pytest.raises(TypeError, match="object has no encode_prompt.*ProcessorAdapter.*vllm_server_host"):
         LocalServer(tiny[0], object())
 
 
@@ -352,7 +479,8 @@ def test_the_chat_client_passes_empty_answers_and_drops_fields_that_are_none(liv
     """A data set gives content parts of two types each other's fields, as None; a policy may stop at once."""
     model, adapter = lively
     client = ChatClient(LocalServer(model, adapter).client)
-    parts = [{**picture(0), "text": None}, {"type": "text", "text": "red", "image_url": None}]
+    shown = {"type": "image_url", "image_url": {**picture(0)["image_url"], "detail": None}, "text": None}
+    parts = [shown, {"type": "text", "text": "red", "image_url": None}]
     stop = adapter.tokenizer.eos_token_id
     sampling = dict(max_tokens=3, logprobs=True, extra_body={"return_token_ids": True}, logit_bias={str(stop): 100})
     prompt = [vf.UserMessage(content=parts)]

@@ -23,11 +23,10 @@ from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast
 
 import benchmark
 import output_head
-from conftest import make_tiny, make_trainer
+from conftest import DEMONSTRATIONS, make_tiny, make_trainer
 from mm_grpo import MultimodalBatch, MultimodalRLConfig, Policy, score, token_logprobs
 from output_head import head_is_last, in_chunks
 from shared_prefix import cut_along_prompts, find_shared_prompts, micro_batches
-from tiny_vlm import FAMILIES
 
 HERE = Path(__file__).parent
 GROUPS = dict(num_train_examples=8, num_eval_examples=1)  # of the shapes environment
@@ -259,10 +258,11 @@ def test_a_micro_batch_holds_its_rows_and_their_prompts(tiny, size, share):
     """Rows that have nothing to train are in none; where no row has, all are run, for the metrics."""
     model, adapter = tiny
     batch = make_batch(make_trainer(env=GROUPS, tiny=tiny, **SMALL))
+    policy = Policy(model, 1.0, adapter.placeholder_ids)
     config = MultimodalRLConfig(micro_batch_size=size, share_prefix=share)
     trains = torch.arange(16) % 7 != 2
     for rows, expected in ((trains, trains.nonzero()[:, 0].tolist()), (trains & False, list(range(16)))):
-        parts = micro_batches(model, batch, rows, adapter.placeholder_ids, config)
+        parts = micro_batches(policy, batch, rows, config)
         assert sorted(torch.cat([part.rows for part in parts]).tolist()) == expected
         assert all(len(part.rows) <= size and (part.shared is None or share) for part in parts)
         assert any(part.shared for part in parts) == (share and size > 1)
@@ -310,13 +310,14 @@ def test_the_shared_prefix_fraction_tells_the_truth(share):
 # ---------------------------------------------------------------- what an update does not do again
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", DEMONSTRATIONS)
 def test_an_update_validates_nothing_again_and_looks_at_few_values(family, monkeypatch):
     """A batch is validated when it is made. Each look at a tensor's values waits for a GPU, so an update's looks grow
     with its micro-batches, not with its rows; the media of a group, stored once, are not copied."""
     settings = dict(rollouts_per_step=128, rollouts_per_example=8, micro_batch_size=8, max_tokens=3)
     trainer = make_trainer(family, {**GROUPS, "num_train_examples": 16}, **settings)
     batch = make_batch(trainer)
+    trainer.update(batch)  # the first one also tries the output head and the shared prompts, on a few rows
     calls = Counter()  # from a file of this project; what a model's forward does is its own affair
 
     def count(owner, name):

@@ -119,7 +119,7 @@ def test_the_tiny_checkpoints_know_every_word_of_both_questions(tiny, images_per
     ]
     parts = [{name: value for name, value in part.items() if value is not None} for part in row["prompt"][0]["content"]]
     prompt = adapter.encode_prompt([{"role": "user", "content": parts}, *words])
-    assert adapter.tokenizer.unk_token_id not in prompt.ids and len(prompt.images) == images_per_prompt + 1
+    assert adapter.tokenizer.unk_token_id not in prompt.ids
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,7 @@ import verifiers as vf
 from datasets import Dataset
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
 
-from adapters import ADAPTERS
-from conftest import make_trainer
+from conftest import DEMONSTRATIONS, make_trainer
 from mm_grpo import DEMO, MultimodalGRPOTrainer, MultimodalRLConfig
 
 HERE = Path(__file__).parent
@@ -89,7 +88,7 @@ def test_llava_learns_to_see_colours():
 # -- exactness
 
 
-@pytest.mark.parametrize("family", ADAPTERS)
+@pytest.mark.parametrize("family", DEMONSTRATIONS)
 def test_every_first_update_is_on_policy(family):
     """The trainer's probability of each sampled token is the server's, to 1e-4, after every update; images included."""
     trainer = make_demo(family, rollouts_per_step=32, env={"num_train_examples": 64, "images_per_prompt": 2})

@@ -30,11 +30,10 @@ import torch
 from transformers import AutoModelForImageTextToText, Qwen2VLImageProcessorPil
 
 from adapters import QwenVLAdapter
-from conftest import make_tiny
+from conftest import DEMONSTRATIONS, make_tiny
 from local_server import LocalServer
 from mm_grpo import MultimodalGRPOTrainer, MultimodalRLConfig, score
 from rollouts import ChatClient, Rollouts, Server
-from tiny_vlm import FAMILIES
 from vllm_server import VLLMServer
 
 HERE = Path(__file__).parent
@@ -125,7 +124,7 @@ def servers(running, tmp_path_factory):
         return running[name].ready()
 
     yield serve
-    for name in running.keys() - {*FAMILIES, "mortal"}:
+    for name in running.keys() - {*DEMONSTRATIONS, "mortal"}:
         running.pop(name).kill()
 
 
@@ -162,7 +161,7 @@ def snapshot(model) -> dict[str, torch.Tensor]:
 # ---------------------------------------------------------------- in step
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", DEMONSTRATIONS)
 @pytest.mark.parametrize("env_args", [{"images_per_prompt": 2}, {"turns": 2}], ids=str)
 def test_trainer_and_server_agree_on_every_token_before_training_and_after_each_of_3_updates(
     env_args, family, servers, folder
@@ -484,7 +483,7 @@ def test_the_command_line_learns_to_see_through_vllm_and_its_checkpoint_served_a
     assert {name: f"{value:.3f}" for name, value in again.evaluate().items() if name in after} == after
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", DEMONSTRATIONS)
 def test_a_checkpoint_of_ours_loads_in_transformers_as_it_was(family, tmp_path):
     """In the spelling that vLLM and the published checkpoints use; that vLLM loads it every test here shows."""
     trainer = make_trainer(family)

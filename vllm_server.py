@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import importlib.util
 import io
+import json
 import socket
 import time
 import uuid
@@ -22,6 +23,8 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers.image_processing_backends import PilBackend
+from transformers.utils import is_torchvision_available
 
 from checkpoint import published_weights, whole_folder
 
@@ -122,6 +125,7 @@ class VLLMServer:
         self._check_logprobs()
         self._check_vocabulary()
         self._check_placeholders()
+        self._check_image_backend()
 
     def up_to_date(self) -> bool:
         """Whether the server still has the weights of the last sync; one that was restarted has not."""
@@ -186,7 +190,8 @@ class VLLMServer:
 
     def __str__(self) -> str:
         weights = "over NCCL" if self.transport == "nccl" else f"through {self.weights_dir}"
-        return f"by the vLLM server at {self.url}, weights {weights}"
+        flag = f"; start it with {flag}" if (flag := processor_flag(self.adapter)) else ""
+        return f"by the vLLM server at {self.url}, weights {weights}{flag}"
 
     def _healthy(self) -> bool:
         try:
@@ -265,13 +270,16 @@ class VLLMServer:
             url = "data:image/png;base64," + base64.b64encode(png.getvalue()).decode()
             content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "?"}]
             messages = [{"role": "user", "content": content}]
-            expected = self.adapter.encode_prompt(messages).ids
+            try:
+                expected = self.adapter.encode_prompt(messages).ids
+            except ValueError:  # it takes no pictures
+                return
             if len(expected) >= self.max_model_len:
                 continue  # such a picture cannot be asked about at all
             ask = {"model": self.model_name, "messages": messages, "max_tokens": 1, "return_token_ids": True}
             answer = self._request("POST", "/v1/chat/completions", json=ask)
             shape = f"a picture of {size[0]} x {size[1]} pixels"
-            fix = "vLLM: --mm-processor-kwargs, as the adapter's image processor has them"
+            fix = f"vLLM: {processor_flag(self.adapter) or '--mm-processor-kwargs'}, trainer: --processor_kwargs"
             if answer.status_code != 200:
                 raise RuntimeError(
                     f"{self.url} refuses {shape}, {placeholders(expected)} placeholders for the adapter: "
@@ -283,6 +291,21 @@ class VLLMServer:
                     f"{self.url} expands {shape} to {got} placeholders, the adapter to {placeholders(expected)}: "
                     f"give both the same image size limits ({fix})"
                 )
+
+    def _check_image_backend(self) -> None:
+        """Images are resized by torchvision in vLLM, and to other pixels by Pillow."""
+        images = getattr(getattr(self.adapter, "processor", None), "image_processor", None)
+        if isinstance(images, PilBackend) and not is_torchvision_available():
+            warnings.warn(
+                "images are resized by Pillow here and by torchvision in vLLM, to other pixels: tiny models' logprobs "
+                "differ by 1e-3 to 2e-2. Install torchvision beside the trainer; images that need no resizing are safe"
+            )
+
+
+def processor_flag(adapter) -> str:
+    """The flag that has a vLLM server process media as this adapter does; empty where nothing was asked for."""
+    options = getattr(adapter, "processor_kwargs", None)
+    return f"--mm-processor-kwargs '{json.dumps(options)}'" if options else ""
 
 
 def nccl_sender(server: VLLMServer, weights: Callable[[], Iterator[tuple[str, Tensor]]]):

@@ -13,8 +13,10 @@ if [ ! -e "$venv/ready" ]; then
   # these two look for CUDA libraries when they are imported; nothing here needs them
   "$venv/bin/pip" uninstall -q -y torchaudio torchcodec >&2 || true
   "$venv/bin/pip" install -q --no-deps torchvision==0.28.0 >&2
-  cp "$here/vllm_sitecustomize.py" "$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/sitecustomize.py"
+  cp "$here/torchvision_sitecustomize.py" "$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/sitecustomize.py"
   "$venv/bin/python" -c "import torchvision, vllm.model_executor.models.qwen2_vl" >&2
   touch "$venv/ready"
 fi
+# what vLLM reads sound with
+"$venv/bin/python" -c "import av, soundfile" 2>/dev/null || "$venv/bin/pip" install -q --no-deps av==18.1.0 soundfile==0.14.0 >&2
 echo "$venv/bin/python"
