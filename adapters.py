@@ -243,9 +243,8 @@ class ProcessorAdapter(MultimodalAdapter):
                 f"messages: {kinds}, but {self._named(found)} in the prompt and tensors {list(tensors)}: the chat "
                 f"template or {type(self.processor).__name__} does not take such media there"
             )
-        if not parts:
-            return Prompt(ids)
-        return Prompt(ids, self.media.setdefault(json_key(parts), Media(tensors, found)))
+        media = self.media.setdefault(json_key(parts), Media(tensors, found)) if parts else None
+        return Prompt(ids, media)
 
     def _conversation(self, messages: list[dict]) -> list[dict]:
         """The messages as Transformers' templates take them, media loaded."""
@@ -336,6 +335,8 @@ class ProcessorAdapter(MultimodalAdapter):
 
     def save_pretrained(self, folder) -> None:
         self.processor.save_pretrained(folder)
+        if not hasattr(self.processor, "video_processor") and hasattr(self.processor, "image_processor"):
+            self.processor.image_processor.save_pretrained(folder)  # where others look for a video part without its own
 
 
 def placeholder_ids(processor, model_config=None) -> list[int]:

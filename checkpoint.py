@@ -27,7 +27,7 @@ def published_name(name: str, model: nn.Module) -> str:
     What wrappers put in front (torch.compile, DistributedDataParallel) is taken off.
     """
     name = name.removeprefix("module.").replace("_orig_mod.", "")
-    vision_config = getattr(getattr(model, "config", None), "vision_config", None)
+    vision_config = getattr(getattr(getattr(model, "module", model), "config", None), "vision_config", None)
     if getattr(vision_config, "model_type", None) in NESTED_TOWERS:
         name = re.sub(r"vision_tower\.(?!vision_model\.)", "vision_tower.vision_model.", name)
     return name
@@ -35,6 +35,7 @@ def published_name(name: str, model: nn.Module) -> str:
 
 def published_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Each parameter as published checkpoints have it. Not the state dict: tied parameters are here once."""
+    model = getattr(model, "module", model)  # of a wrapper such as DistributedDataParallel
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
     if isinstance(model, PreTrainedModel):  # undo what Transformers does when it loads: names, experts stacked
         weights = revert_weight_conversion(model, weights)

@@ -540,7 +540,7 @@ class MultimodalGRPOTrainer:
         server: where completions come from; None: a LocalServer in this process, or the vLLM server that config names.
     """
 
-    env = property(lambda self: self.rollouts.env)
+    env = property(lambda self: self.rollouts.env, lambda self, env: setattr(self.rollouts, "env", env))
 
     def __init__(self, model, tokenizer, adapter, config: MultimodalRLConfig, env=None, server: Server | None = None):
         self.model, self.tokenizer, self.adapter, self.config = model, tokenizer, adapter, config
@@ -716,11 +716,11 @@ def parse_arguments(argv: Sequence[str] | None, families: Sequence[str]) -> tupl
     parser.add_argument("--model", help="checkpoint, a name or a folder; unset: a tiny one of the --adapter's family")
     parser.add_argument("--demo", action="store_true", help="settings for the tiny model, implied without --model")
     parser.set_defaults(output_dir=time.strftime("runs/%Y%m%d-%H%M%S"))
+    known, _ = parser.parse_known_args(argv)  # no config yet: the rules hold for the settings of the run
+    if known.demo or known.model is None:
+        parser.set_defaults(**DEMO, demo=True)
     try:
         config, arguments = parser.parse_args_into_dataclasses(argv)
-        if arguments.demo or arguments.model is None:
-            parser.set_defaults(**DEMO, demo=True)
-            config, arguments = parser.parse_args_into_dataclasses(argv)
     except ValueError as error:
         parser.error(str(error))
     return config, arguments

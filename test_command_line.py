@@ -8,6 +8,7 @@ from dataclasses import asdict, fields
 import pytest
 
 from adapters import ADAPTERS
+from local_server import LocalServer
 from mm_grpo import DEMO, MultimodalRLConfig, main, parse_arguments
 
 OWN = asdict(MultimodalRLConfig())
@@ -40,6 +41,14 @@ def test_what_is_given_goes_before_the_demonstrations_settings():
     assert settings == with_changes(**DEMO | {"beta": 0.0, "max_steps": 7, "seed": 3})
 
 
+def test_the_rules_hold_for_the_settings_of_the_run_and_not_for_those_that_the_demonstration_replaces():
+    """A step of 12 was refused as no multiple of 8, the method's own group size, where the run's is 4."""
+    settings, _ = parse("--rollouts_per_step", "12", "--max_concurrent", "4")
+    assert (settings["rollouts_per_step"], settings["max_concurrent"]) == (12, 4)
+    with pytest.raises(SystemExit):
+        parse("--rollouts_per_step", "10")
+
+
 def test_only_the_model_decides_not_a_word_that_looks_like_it():
     """The word --model was looked for in the whole line: a folder called x--model-y turned the demonstration off."""
     settings, rest = parse("--env_id", "x--model-y")
@@ -67,7 +76,11 @@ def test_help_gives_each_field_its_line_and_its_own_default(capsys):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_run_says_first_which_settings_are_the_demonstrations(tmp_path, capsys):
+def test_a_run_says_first_which_settings_are_the_demonstrations_and_closes_its_server_at_the_end(
+    tmp_path, capsys, monkeypatch
+):
+    closed = []
+    monkeypatch.setattr(LocalServer, "close", lambda self: closed.append(self))
     command = ["--adapter", "llava", "--max_steps", "0", "--eval_examples", "2", "--output_dir", str(tmp_path / "out")]
     main([*command, "--env_args", '{"num_train_examples": 2, "num_eval_examples": 2}'])
     first, model, rollouts, before, *_ = capsys.readouterr().out.splitlines()
@@ -75,3 +88,4 @@ def test_a_run_says_first_which_settings_are_the_demonstrations(tmp_path, capsys
         assert f"{name}={value}" in first
     assert "LlavaForConditionalGeneration, 0.3" in model and rollouts == "rollouts in this process"
     assert before.startswith("before training: reward")
+    assert len(closed) == 1

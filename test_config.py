@@ -18,6 +18,7 @@ from adapters import ADAPTERS, load_model
 from conftest import make_tiny, message, picture
 from local_server import LocalServer
 from mm_grpo import LOSS_TYPES, MultimodalGRPOTrainer, MultimodalRLConfig, main, parse_arguments
+from report import RunLog
 from vllm_server import processor_flag
 
 INF, NAN = math.inf, math.nan
@@ -276,6 +277,29 @@ def test_a_setting_changes_what_it_says(name):
 def test_each_loss_type_is_another_loss():
     seen = {loss_type: see(loss_type=loss_type) for loss_type, see in LOSS_EFFECTS.items()}
     assert len(set(seen.values())) == len(LOSS_TYPES), seen
+
+
+def test_dr_grpo_divides_by_the_longest_completion_that_could_have_been_sampled():
+    norms = []
+    for max_tokens in (3, 6):
+        made = trainer(loss_type="dr_grpo", mismatch_threshold=1e3)
+        batch = replace(made.adapter.build_batch(made.rollouts.collect()), rewards=torch.arange(8.0))
+        made.config = replace(made.config, max_tokens=max_tokens)
+        norms.append(made.update(batch)["grad_norm"])
+    assert norms[0] == pytest.approx(2 * norms[1], rel=1e-4)
+
+
+def test_the_seed_is_also_that_of_sampling_in_this_process():
+    servers = [trainer(seed=seed).server for seed in (3, 4)]
+    assert [server.seed for server in servers] == [3, 4]
+
+
+def test_the_progress_bar_tells_the_mismatch_from_the_kl(tmp_path):
+    with RunLog(MultimodalRLConfig(output_dir=str(tmp_path / "run"))) as log:
+        log.step({"step": 1, "reward": 0.25, "mismatch_kl": 1e-3, "kl": 0.5, "seconds_update": 2.0})
+        assert log.progress.postfix == "reward 0.250, mismatch 1e-03, KL 0.500, 2.00 s/step"
+        log.step({"step": 2, "reward": 0.25, "mismatch_kl": 1e-3, "seconds_update": 2.0})
+        assert log.progress.postfix == "reward 0.250, mismatch 1e-03, 2.00 s/step"
 
 
 def test_every_setting_has_its_effect_tested():

@@ -16,8 +16,11 @@ import pytest
 import torch
 import verifiers as vf
 from datasets import Dataset
+from transformers import AutoProcessor
 
+import conftest
 from adapters import ProcessorAdapter
+from checkpoint import published_weights, save_checkpoint
 from conftest import message, not_installed, picture
 from media import load_image, load_video
 from mm_grpo import MultimodalGRPOTrainer, MultimodalRLConfig, Policy, score
@@ -183,6 +186,28 @@ def test_rows_that_see_the_pictures_of_others_end_the_run():
     policy = Policy(model, 1.0, adapter.placeholder_ids)
     with pytest.raises(ValueError, match=r"depend on the rows beside it .*\['pixel_values'\] cannot be joined"):
         micro_batches(policy, batch, everything, MultimodalRLConfig(micro_batch_size=4))
+
+
+@pytest.mark.skipif(not find_spec("torchvision"), reason="without torchvision nothing asks for a video part")
+def test_a_checkpoint_saved_without_a_video_part_loads_where_there_must_be_one(tmp_path):
+    """vLLM did not start on the checkpoints of QwenVLAdapter."""
+    model, adapter = conftest.make_tiny("qwen")
+    save_checkpoint(tmp_path / "checkpoint", model, adapter)
+    assert AutoProcessor.from_pretrained(tmp_path / "checkpoint").video_processor is not None
+
+
+def test_a_wrapper_changes_no_published_name(made):
+    """The tower's rule reads the model's config, which a wrapper such as DistributedDataParallel does not have."""
+
+    class Wrapper(torch.nn.Module):
+        def __init__(self, module):
+            super().__init__()
+            self.module = module
+
+    model, _ = made("llava")
+    names = [name for name, _ in published_weights(model)]
+    assert [name for name, _ in published_weights(Wrapper(model))] == names
+    assert any("vision_tower.vision_model." in name for name in names)
 
 
 # ---------------------------------------------------------------- video
