@@ -243,8 +243,7 @@ class ProcessorAdapter(MultimodalAdapter):
                 f"messages: {kinds}, but {self._named(found)} in the prompt and tensors {list(tensors)}: the chat "
                 f"template or {type(self.processor).__name__} does not take such media there"
             )
-        media = self.media.setdefault(json_key(parts), Media(tensors, found)) if parts else None
-        return Prompt(ids, media)
+        return Prompt(ids, self.media.setdefault(json_key(parts), Media(tensors, found)) if parts else None)
 
     def _conversation(self, messages: list[dict]) -> list[dict]:
         """The messages as Transformers' templates take them, media loaded."""
