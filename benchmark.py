@@ -292,6 +292,31 @@ def draw(costs: list[tuple[int, dict[str, float]]], title: str, picture: str) ->
     FigureCanvasAgg(figure).print_png(picture)
 
 
+def against_trl(model, P: int, C: int, G: int, runs: int) -> None:
+    """Print the time of TRL's loss on the same tensors, and how far its gradients are from ours."""
+    batch = make_batch(model, P, C, G)
+    trl = trl_update(model, batch, P)
+    trl()
+    theirs = gradients(model)
+    model.zero_grad(set_to_none=True)
+    update(model, batch, share=True)
+    ours = gradients(model)
+    difference = ((ours - theirs).norm() / theirs.norm()).item()
+    ways = {"trl": trl, "shared": lambda: (model.zero_grad(set_to_none=True), update(model, batch, True))}
+    s = medians(ways, runs)
+    times = s["trl"] / s["shared"]
+    print(f"\nTRL at P={P} C={C} G={G}: {s['trl']:.3f} s, {times:.2f} x the shared prefix; ", end="")
+    print(f"gradients differ by {difference:.1e} (norm of the difference over the norm)")
+
+
+def print_peak_memory(size: str, P: int, C: int, G: int) -> None:
+    """Print the peak memory of an update both ways, each in a process of its own."""
+    peak = {way: statistics.median(peak_memory(size, way, P, C, G) for _ in range(3)) for way in ("plain", "shared")}
+    print(f"\npeak memory of an update at P={P} C={C} G={G}: ", end="")
+    ratio = peak["shared"] / peak["plain"]
+    print(f"plain {peak['plain']:.0f} MB, shared {peak['shared']:.0f} MB, ratio {ratio:.2f}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="8m")
@@ -321,21 +346,7 @@ def main() -> None:
         print(f"| {case} | {ratios} | {G * (P + C) / s['shared']:17.0f} |", flush=True)
 
     if arguments.trl:
-        P, C, G = cases[0]
-        batch = make_batch(model, P, C, G)
-        trl = trl_update(model, batch, P)
-        trl()
-        theirs = gradients(model)
-        model.zero_grad(set_to_none=True)
-        update(model, batch, share=True)
-        ours = gradients(model)
-        difference = ((ours - theirs).norm() / theirs.norm()).item()
-        ways = {"trl": trl, "shared": lambda: (model.zero_grad(set_to_none=True), update(model, batch, True))}
-        s = medians(ways, arguments.runs)
-        times = s["trl"] / s["shared"]
-        print(f"\nTRL at P={P} C={C} G={G}: {s['trl']:.3f} s, {times:.2f} x the shared prefix; ", end="")
-        print(f"gradients differ by {difference:.1e} (norm of the difference over the norm)")
-
+        against_trl(model, *cases[0], arguments.runs)
     P, C = cases[1][:2] if len(cases) > 1 else cases[0][:2]
     groups = (2, 4, 8, 16)
     costs = [(G, three_ways(model, P, C, G, arguments.runs)) for G in groups]
@@ -349,14 +360,7 @@ def main() -> None:
     draw(costs, f"P={P}, C={C}", arguments.picture)
 
     if arguments.device == "cpu":
-        P, C, G = cases[0]
-        peak = {
-            way: statistics.median(peak_memory(arguments.size, way, P, C, G) for _ in range(3))
-            for way in ("plain", "shared")
-        }
-        print(f"\npeak memory of an update at P={P} C={C} G={G}: ", end="")
-        ratio = peak["shared"] / peak["plain"]
-        print(f"plain {peak['plain']:.0f} MB, shared {peak['shared']:.0f} MB, ratio {ratio:.2f}")
+        print_peak_memory(arguments.size, *cases[0])
 
 
 if __name__ == "__main__":
