@@ -11,6 +11,7 @@ import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from datasets import Dataset
 from transformers import AutoProcessor
 
 import conftest
+import vllm_server
 from adapters import ProcessorAdapter
 from checkpoint import published_weights, save_checkpoint
 from conftest import message, not_installed, picture
@@ -270,6 +272,16 @@ def test_frames_of_different_sizes_are_refused():
 
 
 # ---------------------------------------------------------------- what Transformers' classes need
+
+
+@pytest.mark.parametrize("installed", [False, True])
+def test_pillow_beside_a_vllm_server_is_warned_about_where_torchvision_is_not_installed(
+    installed, monkeypatch, recwarn
+):
+    monkeypatch.setattr(vllm_server, "is_torchvision_available", lambda: installed)
+    _, adapter = conftest.make_tiny("qwen")  # whose pictures Pillow resizes
+    vllm_server.VLLMServer._check_image_backend(SimpleNamespace(adapter=adapter))
+    assert ["install torchvision" in str(warning.message).lower() for warning in recwarn] == [True] * (not installed)
 
 
 def test_without_torchvision_everything_here_works_too():

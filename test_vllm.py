@@ -30,6 +30,7 @@ import torch
 from transformers import AutoModelForImageTextToText, Qwen2VLImageProcessorPil
 
 from adapters import QwenVLAdapter
+from checkpoint import published_weights
 from conftest import DEMONSTRATIONS, make_tiny
 from local_server import LocalServer
 from mm_grpo import MultimodalGRPOTrainer, MultimodalRLConfig, score
@@ -448,7 +449,7 @@ def test_nccl_is_vllms_own_sender_fed_with_the_servers_names_as_far_as_a_machine
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     said = json.loads(done.stdout.splitlines()[-1])
-    names = sorted(name for name, _ in make_tiny("qwen")[0].named_parameters())
+    names = sorted(name for name, _ in published_weights(make_tiny("qwen")[0]))  # tested against the server above
     assert said == {
         "transport": "disk",  # the server would take NCCL, but the model is on the CPU
         "world_size": 2, "address": server.host, "names": names, "same": True,
