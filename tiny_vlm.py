@@ -31,7 +31,7 @@ from transformers import (
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 from transformers.utils import is_torchvision_available
 
-from checkpoint import save_checkpoint
+from checkpoint import save_checkpoint, without_video
 
 INIT_STD = 0.06  # of the weights: the default of 0.02 is too small for a width of 64: logits start nearly uniform
 WORDS = (
@@ -331,11 +331,10 @@ def make_config(family: Family, tokenizer: PreTrainedTokenizerFast, text: dict[s
 def make_processor(family: Family, tokenizer: PreTrainedTokenizerFast, config, facts):
     """The family's own. Without torchvision: with Pillow, and without its part for video."""
     kind = getattr(transformers, family.processor_class or PROCESSOR_MAPPING[type(config)].__name__)
-    attributes = [name for name in kind.get_attributes() if name != "video_processor" or is_torchvision_available()]
-    if attributes != kind.get_attributes():
-        kind = type(kind.__name__, (kind,), {"get_attributes": classmethod(lambda cls: attributes)})
+    if "video_processor" in kind.get_attributes() and not is_torchvision_available():
+        kind = without_video(kind)
     parts = {"tokenizer": tokenizer}
-    for name in attributes:
+    for name in kind.get_attributes():
         if name == "image_processor":
             parts[name] = image_processor_class(family, config)(**facts(family.media))
         elif name == "video_processor":
