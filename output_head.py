@@ -23,9 +23,7 @@ CHUNK_TOKENS = 512  # tokens whose logits exist at once
 COMPARED_TOKENS = 16  # at the end of a prompt, whose logits are made in both ways
 
 
-def in_chunks(
-    function: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], hidden: Tensor, targets: Tensor
-) -> tuple[Tensor, Tensor]:
+def in_chunks(function: Callable, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """`function(hidden, targets)`, CHUNK_TOKENS tokens at a time.
 
     What a chunk makes is dropped after its forward and made again in its backward, so that the peak does not grow with

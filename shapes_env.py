@@ -27,10 +27,8 @@ from PIL import Image, ImageDraw
 
 COLOURS = {"red": (220, 40, 40), "green": (40, 170, 60), "blue": (50, 80, 220), "yellow": (235, 200, 40)}
 SHAPES = ("circle", "square", "triangle")
-QUESTIONS = {
-    1: "Which colour and which shape do you see ?",
-    2: "Name the colour of the first picture and the shape of the second picture .",
-}
+BOTH_PICTURES = "Name the colour of the first picture and the shape of the second picture ."
+QUESTIONS = {1: "Which colour and which shape do you see ?", 2: BOTH_PICTURES}
 NEXT_QUESTION = "Which colour and which shape do you see now ?"  # of the second turn, about one picture more
 OVERSAMPLING = 4  # pictures are drawn larger and scaled down: smooth edges
 
@@ -47,17 +45,10 @@ def draw_shape(colour: str, shape: str, size: int, rng: random.Random) -> Image.
     if shape == "circle":
         draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=fill)
     else:
-        corners = {"square": 4, "triangle": 3}[shape]
-        upright = math.pi / 4 if shape == "square" else -math.pi / 2
+        corners, upright = {"square": (4, math.pi / 4), "triangle": (3, -math.pi / 2)}[shape]
         turn = upright + math.radians(rng.uniform(-5, 5))
-        points = [
-            (
-                x + radius * math.cos(turn + 2 * math.pi * k / corners),
-                y + radius * math.sin(turn + 2 * math.pi * k / corners),
-            )
-            for k in range(corners)
-        ]
-        draw.polygon(points, fill=fill)
+        angles = [turn + 2 * math.pi * k / corners for k in range(corners)]
+        draw.polygon([(x + radius * math.cos(angle), y + radius * math.sin(angle)) for angle in angles], fill=fill)
     return image.resize((size, size), Image.Resampling.BOX)
 
 
@@ -97,10 +88,8 @@ def make_example(rng: random.Random, image_size: int, images_per_prompt: int, bl
 
 def make_rubric() -> vf.Rubric:
     """Partial credit: 0.4 for the colour, 0.4 for the shape, 0.2 for the form; `exact` is a metric and has no weight.
-
     Each is the mean over the turns, so that what is chance for one turn is chance for two: `exact` is 1 where every
-    reply is exact, 0.5 where one of two is. A turn without a reply counts 0.
-    """
+    reply is exact, 0.5 where one of two is. A turn without a reply counts 0."""
     parser = vf.Parser(extract_fn=lambda text: text.split())
 
     def turns(completion, answer) -> list[tuple[list[str], list[str]]]:
@@ -114,11 +103,11 @@ def make_rubric() -> vf.Rubric:
     def shape(completion, answer) -> float:
         return fmean(words[1:2] == right[1:] for words, right in turns(completion, answer))
 
+    def well_formed(first: str = "", second: str = "", *more: str) -> float:
+        return fmean([first in COLOURS, second in SHAPES, second != "" and not more])
+
     def form(completion, answer) -> float:
-        return fmean(
-            fmean([words[:1] != [] and words[0] in COLOURS, words[1:2] != [] and words[1] in SHAPES, len(words) == 2])
-            for words, _ in turns(completion, answer)
-        )
+        return fmean(well_formed(*words) for words, _ in turns(completion, answer))
 
     def exact(completion, answer) -> float:
         return fmean(words == right for words, right in turns(completion, answer))
@@ -134,13 +123,7 @@ class ShapesEnv(vf.MultiTurnEnv):
 
 
 def load_environment(
-    num_train_examples: int = 1024,
-    num_eval_examples: int = 256,
-    image_size: int = 56,
-    images_per_prompt: int = 1,
-    blind: bool = False,
-    seed: int = 0,
-    turns: int = 1,
+    num_train_examples=1024, num_eval_examples=256, image_size=56, images_per_prompt=1, blind=False, seed=0, turns=1
 ) -> vf.MultiTurnEnv:
     """The environment, as `verifiers.load_environment("shapes-env", ...)` makes it.
 
@@ -153,31 +136,17 @@ def load_environment(
         turns: 1, or 2 with a new picture and a second question after the first reply. The first turn's pictures do not
             depend on it.
     """
-    for name, value, least in (
-        ("num_train_examples", num_train_examples, 1),
-        ("num_eval_examples", num_eval_examples, 1),
-        ("image_size", image_size, 8),
-    ):
+    counts = dict(num_train_examples=(num_train_examples, 1), num_eval_examples=(num_eval_examples, 1))
+    for name, (value, least) in {**counts, "image_size": (image_size, 8)}.items():
         if not isinstance(value, int) or value < least:
             raise ValueError(f"{name}={value!r}: must be a whole number, at least {least}")
-    if images_per_prompt not in QUESTIONS:
-        raise ValueError(f"images_per_prompt={images_per_prompt!r}: must be one of {list(QUESTIONS)}")
-    if turns not in (1, 2):
-        raise ValueError(f"turns={turns!r}: must be 1 or 2")
+    for name, value in dict(images_per_prompt=images_per_prompt, turns=turns).items():
+        if value not in (1, 2):
+            raise ValueError(f"{name}={value!r}: must be 1 or 2")
 
     def rows(split: str, count: int) -> Dataset:
-        return Dataset.from_list(
-            [
-                make_example(random.Random(f"shapes {seed} {split} {i}"), image_size, images_per_prompt, blind, turns)
-                for i in range(count)
-            ]
-        )
+        streams = [random.Random(f"shapes {seed} {split} {i}") for i in range(count)]
+        return Dataset.from_list([make_example(rng, image_size, images_per_prompt, blind, turns) for rng in streams])
 
-    rubric = make_rubric()
-    return ShapesEnv(
-        dataset=rows("train", num_train_examples),
-        eval_dataset=rows("eval", num_eval_examples),
-        parser=rubric.parser,
-        rubric=rubric,
-        max_turns=turns,
-    )
+    train, evaluation, rubric = rows("train", num_train_examples), rows("eval", num_eval_examples), make_rubric()
+    return ShapesEnv(dataset=train, eval_dataset=evaluation, rubric=rubric, parser=rubric.parser, max_turns=turns)

@@ -22,6 +22,8 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationMixin
 
+from faults import is_out_of_memory
+
 if TYPE_CHECKING:
     from mm_grpo import MultimodalBatch, MultimodalRLConfig, Policy
 
@@ -30,10 +32,8 @@ logger = logging.getLogger("mm_grpo")
 
 @dataclass
 class SharedPrompts:
-    """The distinct prompts of B rows. A row's prompt is what stands before its first trained token.
-
-    Which row has which prompt stays on the CPU, where it is read to arrange the rows.
-    """
+    """The distinct prompts of B rows. A row's prompt is what stands before its first trained token. Which row has which
+    stays on the CPU, where it is read to arrange the rows."""
 
     prompts: MultimodalBatch  # K rows of the batch, one of each prompt, with its media; longer than their prompts
     lengths: Tensor  # (K,) tokens of each prompt
@@ -60,31 +60,23 @@ class SharedPrompts:
         return inputs
 
 
-def find_shared_prompts(
-    model: nn.Module, batch: MultimodalBatch, placeholder_ids: Sequence[int]
-) -> SharedPrompts | None:
-    """The distinct prompts of a batch; None where no two rows share one, or the plain forward has to do it.
+def find_shared_prompts(model: nn.Module, batch: MultimodalBatch, placeholder_ids: Sequence[int]):
+    """The `SharedPrompts` of a batch; None where no two rows share one, or the plain forward has to do it.
 
     Two rows share their prompt when its ids, its media (their spans) and its per-token inputs are equal.
     """
-    reason = why_not_shared(model, batch, placeholder_ids)
-    if reason is not None:
+    if reason := why_not_shared(model, batch, placeholder_ids):
         logger.info("prompts are not shared: %s", reason)
         return None
     ids, lengths = batch.input_ids.tolist(), prompt_lengths(batch).tolist()
     spans = [spans.tolist() for spans in batch.media_spans.values()]
     by_token = [tensor.tolist() for name, tensor in batch.media.items() if name not in batch.media_spans]
-    rows_of_prompt: dict[tuple, list[int]] = {}
+    prompts: dict[tuple, int] = {}  # all that makes a prompt -> the first row that has it
+    first_of_row = []
     for row, length in enumerate(lengths):
         key = (*(tuple(column[row][:length]) for column in [ids, *by_token]), *(tuple(owned[row]) for owned in spans))
-        rows_of_prompt.setdefault(key, []).append(row)
-    if len(rows_of_prompt) == len(batch):
-        return None
-    prompt_of_row = torch.zeros(len(batch), dtype=torch.long)
-    for prompt, rows in enumerate(rows_of_prompt.values()):
-        prompt_of_row[rows] = prompt
-    first_rows = [rows[0] for rows in rows_of_prompt.values()]  # (K,)
-    return SharedPrompts(batch.select(first_rows), torch.tensor([lengths[row] for row in first_rows]), prompt_of_row)
+        first_of_row.append(prompts.setdefault(key, row))
+    return SharedPrompts(batch, torch.tensor(lengths), torch.tensor(first_of_row)).select(range(len(batch)))
 
 
 def prompt_lengths(batch: MultimodalBatch) -> Tensor:
@@ -105,11 +97,10 @@ def why_not_shared(model: nn.Module, batch: MultimodalBatch, placeholder_ids: Se
     if not (batch.loss_mask != 0).any(-1).all():
         return "a row has no trained token"
     by_token = {name: tensor for name, tensor in batch.media.items() if name not in batch.media_spans}
+    media = torch.isin(batch.input_ids, torch.tensor(list(placeholder_ids), dtype=torch.long, device=column.device))
     for name, tensor in by_token.items():
         if tensor.shape != (B, L):
             return f"{name} is stored by row"
-    media = torch.isin(batch.input_ids, torch.tensor(list(placeholder_ids), dtype=torch.long, device=column.device))
-    for tensor in by_token.values():
         media = media | (tensor != 0)
     if (media & (column >= prompt_lengths(batch)[:, None])).any():
         return "media stand behind a row's first trained token"
@@ -127,8 +118,10 @@ class MicroBatch(NamedTuple):
         return MicroBatch(self.rows, self.batch.to(device), self.shared and self.shared.to(device))
 
 
-def micro_batches(policy: Policy, batch: MultimodalBatch, rows: Tensor, config: MultimodalRLConfig) -> list[MicroBatch]:
-    """Cut a batch into parts of at most `micro_batch_size` rows, along its prompts.
+def micro_batches(
+    policy: Policy, batch: MultimodalBatch, rows: Tensor, config: MultimodalRLConfig, size: int | None = None
+) -> list[MicroBatch]:
+    """Cut a batch into parts of at most `size` rows (None: `micro_batch_size`), along its prompts.
 
     Args:
         policy: remembers whether its model can share prompts, found out with the first batch that would.
@@ -145,7 +138,7 @@ def micro_batches(policy: Policy, batch: MultimodalBatch, rows: Tensor, config: 
         shared = None
     parts = []
     prompt_of_row = range(len(chosen)) if shared is None else shared.prompt_of_row.tolist()
-    for part in cut_along_prompts(prompt_of_row, config.micro_batch_size):
+    for part in cut_along_prompts(prompt_of_row, size or config.micro_batch_size):
         prompts = shared and shared.select(part)
         micro_batch = chosen.select(part, with_media=prompts is None)  # the prompts have the media
         parts.append(MicroBatch(numbers[part], micro_batch, prompts))
@@ -186,6 +179,8 @@ def sharing_is_exact(policy: Policy, batch: MultimodalBatch, shared: SharedPromp
             return True
         reason = f"logprobs are off by {off:.1e}, the gradient by {left:.1e} of its norm"
     except Exception as error:  # the cache is the model's own affair, and so is how it fails
+        if is_out_of_memory(error):  # which says nothing of the model
+            raise
         reason = f"{type(error).__name__}: {error}"
     finally:
         policy.zero_grad(set_to_none=True)
@@ -203,10 +198,9 @@ def expect_rows_alone(policy: Policy, batch: MultimodalBatch, rows: list[int]) -
     together, *alone = (policy(part, None, cast=False)[0][part.loss_mask[:, 1:] != 0] for part in parts)
     off = (together - torch.cat(alone)).abs().mean()
     if off > tolerance(policy.model):
-        raise ValueError(
-            f"{type(policy.model).__name__}: a row's logprobs depend on the rows beside it (off by {off:.1e}): its "
-            f"tensors {list(batch.media)} cannot be joined along their first dimension. Its adapter must join them"
-        )
+        wrong = f"a row's logprobs depend on the rows beside it (off by {off:.1e})"
+        why = f"tensors {list(batch.media)} cannot be joined along their first dimension. Its adapter must join them"
+        raise ValueError(f"{type(policy.model).__name__}: {wrong}: its {why}")
 
 
 def tolerance(model: nn.Module) -> float:
@@ -280,20 +274,7 @@ def prefill(model: nn.Module, inputs: dict[str, Tensor], prompt_of_row: Tensor):
     return output[0][prompt_of_row, -1], cache, mask[prompt_of_row], positions[prompt_of_row]
 
 
-def keep_states(cache) -> None:
-    """Let the next forward leave recurrent states as they are: autograd needs what it read there, and nothing reads
-    what it would write."""
-    for layer in cache.layers:
-        if hasattr(layer, "update_recurrent_state"):
-            layer.update_recurrent_state = lambda states, *args, **kwargs: states
-
-
-def score_shared(
-    body: nn.Module,
-    batch: MultimodalBatch,
-    shared: SharedPrompts,
-    logprobs_of: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
-) -> tuple[Tensor, Tensor]:
+def score_shared(body: nn.Module, batch: MultimodalBatch, shared: SharedPrompts, logprobs_of: Callable):
     """`mm_grpo.score` at the cost of the distinct tokens: K prompts once, then B completions against their cache.
 
     Models are causal: a prompt's keys, values and states do not depend on what follows it, and a completion sees
@@ -308,8 +289,7 @@ def score_shared(
     Returns:
         (logprobs, entropies): (B, T) each, in the columns of the plain forward; 0 where nothing is trained.
     """
-    B, L = batch.input_ids.shape
-    device = batch.input_ids.device
+    (B, L), device = batch.input_ids.shape, batch.input_ids.device
     prompt_of_row = shared.prompt_of_row.to(device)
     starts = shared.lengths[shared.prompt_of_row].to(device)  # (B,)
     ends = batch.attention_mask.sum(-1)  # (B,)
@@ -322,14 +302,12 @@ def score_shared(
     last, cache, mask, positions = prefill(body, shared.model_inputs(), prompt_of_row)
     hidden = last[:, None]  # (B, 1, H): a prompt's last token predicts each completion's first
     if C > 1:
-        keep_states(cache)
-        output = body(
-            input_ids=completions[:, :-1],
-            attention_mask=torch.cat([mask, inside[:, :-1]], dim=1),
-            position_ids=positions + torch.arange(C - 1, device=device),
-            past_key_values=cache,
-            use_cache=True,
-        )
+        for layer in cache.layers:  # recurrent states stay: autograd needs what was read, nothing reads what would come
+            if hasattr(layer, "update_recurrent_state"):
+                layer.update_recurrent_state = lambda states, *args, **kwargs: states
+        inputs = dict(input_ids=completions[:, :-1], attention_mask=torch.cat([mask, inside[:, :-1]], dim=1))
+        inputs["position_ids"] = positions + torch.arange(C - 1, device=device)
+        output = body(**inputs, past_key_values=cache, use_cache=True)
         hidden = torch.cat([hidden, output[0]], dim=1)  # (B, C, H)
     trained = batch.loss_mask[:, 1:] != 0  # (B, T)
     row, target = trained.nonzero(as_tuple=True)  # (N,) each; the target stands in column target + 1

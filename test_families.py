@@ -38,7 +38,8 @@ from test_multimodal_inputs import (
     url_of,
     values_and_gradients,
 )
-from tiny_vlm import FAMILIES, make_tiny
+from tiny_families import FAMILIES
+from tiny_vlm import make_tiny
 
 SEEING = [name for name in FAMILIES if FAMILIES[name].modality == "image" and not not_installed(name)]
 WITH_BYTES = [name for name in SEEING if not FAMILIES[name].words_only]
@@ -166,7 +167,7 @@ def test_a_medium_that_the_server_lost_or_counted_otherwise_is_an_error_with_bot
         else:
             turn["tokens"]["prompt_ids"].remove(placeholder)
             count -= 1
-        said = rf"rollout 0: the server's prompt holds .*{count} .*, its \d media have .*mm-processor-kwargs"
+        said = rf"rollout 0 .*: the server's prompt holds .*{count} .*, its \d media have .*mm-processor-kwargs"
         with pytest.raises(ValueError, match=said):
             adapter.build_batch({"outputs": [one], "metadata": {}})
 

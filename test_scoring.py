@@ -299,11 +299,11 @@ def test_the_shared_prefix_fraction_tells_the_truth(share):
     assert sum(encoded) == (4 if share else 16)
     # a group that does not fit is cut evenly: 4 rows in parts of at most 3 are 2 and 2, and each runs the prompt once
     encoded.clear()
-    trainer.config.micro_batch_size = 3
+    trainer.micro_batch_size = 3
     assert trainer.update(batch)["shared_prefix_fraction"] == float(share)
     assert sum(encoded) == (8 if share else 16)
     # a row alone shares with nobody
-    trainer.config.micro_batch_size = 1
+    trainer.micro_batch_size = 1
     assert trainer.update(batch)["shared_prefix_fraction"] == 0
 
 

@@ -23,10 +23,8 @@ import verifiers as vf
 from datasets import Dataset
 
 ANSWERS = ("first", "second")
-QUESTIONS = {
-    1: "Which tone is higher , first or second ?",  # both tones in one sound
-    2: "Which sound is higher , first or second ?",  # a tone in each
-}
+# Both tones in one sound, or a tone in each of two
+QUESTIONS = {1: "Which tone is higher , first or second ?", 2: "Which sound is higher , first or second ?"}
 PITCHES = (300.0, 2400.0)  # lowest and highest, in Hz
 INTERVALS = (9.0, 18.0)  # between the two tones, in semitones
 SILENCE = 0.5  # seconds, where a policy is deaf
@@ -67,17 +65,15 @@ def make_example(rng: np.random.Generator, answer: str, sampling_rate: int, soun
     sounds = [play(tones, sampling_rate, rng) for tones in ([pitches] if sounds_per_prompt == 1 else zip(pitches))]
     if deaf:
         sounds = [np.zeros(round(SILENCE * sampling_rate)) for _ in sounds]
-    content = [
-        {"type": "input_audio", "input_audio": {"data": wav(sound, sampling_rate), "format": "wav"}} for sound in sounds
-    ]
+    files = [{"data": wav(sound, sampling_rate), "format": "wav"} for sound in sounds]
+    content = [{"type": "input_audio", "input_audio": file} for file in files]
     content += [{"type": "text", "text": QUESTIONS[sounds_per_prompt]}]
     return {"prompt": [{"role": "user", "content": content}], "answer": answer}
 
 
 def make_rubric() -> vf.Rubric:
     """Partial credit: 0.4 where the first of the two words in the reply is the right one; 0.2 for the form: half of it
-    where one of them is there, half where nothing else is; 0.4 for `exact`, the right word and nothing else.
-    """
+    where one of them is there, half where nothing else is; 0.4 for `exact`, the right word and nothing else."""
     parser = vf.Parser(extract_fn=str.strip)
 
     def named(reply: str | None) -> str:
@@ -99,12 +95,7 @@ def make_rubric() -> vf.Rubric:
 
 
 def load_environment(
-    num_train_examples: int = 1024,
-    num_eval_examples: int = 256,
-    sampling_rate: int = 16000,
-    sounds_per_prompt: int = 1,
-    deaf: bool = False,
-    seed: int = 0,
+    num_train_examples=1024, num_eval_examples=256, sampling_rate=16000, sounds_per_prompt=1, deaf=False, seed=0
 ) -> vf.SingleTurnEnv:
     """The environment, as `verifiers.load_environment("tones-env", ...)` makes it.
 
@@ -129,10 +120,5 @@ def load_environment(
         arguments = sampling_rate, sounds_per_prompt, deaf
         return Dataset.from_list([make_example(rng, ANSWERS[i % 2], *arguments) for i, rng in enumerate(streams)])
 
-    rubric = make_rubric()
-    return vf.SingleTurnEnv(
-        dataset=rows("train", num_train_examples),
-        eval_dataset=rows("eval", num_eval_examples),
-        parser=rubric.parser,
-        rubric=rubric,
-    )
+    train, evaluation, rubric = rows("train", num_train_examples), rows("eval", num_eval_examples), make_rubric()
+    return vf.SingleTurnEnv(dataset=train, eval_dataset=evaluation, rubric=rubric, parser=rubric.parser)
