@@ -1,154 +1,35 @@
 """Model families: rollouts in, `MultimodalBatch` out.
 
-`rollout_rows` and `token_tensors` serve every adapter. `ProcessorAdapter` serves every family that Transformers has a
-processor for: the processor reads the chat template, makes tensors of pictures, sound and video, and expands each
-placeholder to as many tokens as the medium has features. So the family's name appears nowhere: what the processor gives
-goes to the model's forward, and the server's placeholders must be as many as the processor's.
+`ProcessorAdapter` serves every family that Transformers has a processor for: it reads the chat template, makes tensors
+of pictures, sound and video, and expands each placeholder to as many tokens as the medium has features. So the family's
+name appears nowhere: what the processor gives goes to the model's forward, and the server's placeholders must be as
+many as the processor's.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
+import re
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
-from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoImageProcessor,
-    AutoModelForMultimodalLM,
-    LlavaProcessor,
-    Qwen2VLProcessor,
-)
+from torch import Tensor
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForMultimodalLM, LlavaProcessor, Qwen2VLProcessor
 
 from checkpoint import load_processor, without_video
-from media import (
-    load_part,
-    media_parts,
-    message_parts,
-    pack_media,
-    plain_messages,
-    video_metadata,
-)
-from mm_grpo import MultimodalAdapter, MultimodalBatch
+from media import MediaRules, load_part, media_parts, message_parts, pack_media, plain_messages
+from mm_grpo import MultimodalAdapter, MultimodalBatch, MultimodalRLConfig
+from rows import Row, Unusable, rollout_rows, token_tensors
 
 KEPT_BYTES = 2**28  # of encoded prompts with their media: the server asks for them, then the batch, then the next epoch
 TEXT_FORMS = (str, lambda text: [{"type": "text", "text": text}])  # some templates know strings only, some parts
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Rollouts to rows, for every adapter
-
-
-@dataclass
-class Row:
-    """One sequence to train on: the ids that the server saw and sampled, in order."""
-
-    reward: float
-    group: int  # the example's id
-    rollout: int  # index into outputs["outputs"]
-    ids: list[int] = field(default_factory=list)
-    loss_mask: list[int] = field(default_factory=list)  # 1 on sampled tokens
-    logprobs: list[float] = field(default_factory=list)  # the server's, 0 elsewhere
-    messages: list[Any] = field(default_factory=list)  # the prompt of its last turn: it holds all images of these ids
-    is_truncated: bool = False
-
-
-def rollout_rows(outputs, placeholder_ids: Sequence[int] = ()) -> list[Row]:
-    """The rows of these rollouts, on the server's own ids.
-
-    A later turn continues a row where its prompt starts with the row's ids so far; where it does not (the chat template
-    wrote history anew), it starts a new row of the same rollout. Rollouts that failed, whose reward is not finite or
-    that sampled a placeholder are left out with a warning.
-
-    Raises:
-        ValueError: a turn without token ids or logprobs (names the server's option), or no rollout is left at all.
-    """
-    rows: list[Row] = []
-    dropped: list[str] = []
-    for i, rollout in enumerate(outputs["outputs"]):
-        reason = _why_unusable(rollout, placeholder_ids)
-        if reason:
-            dropped.append(f"rollout {i} (example {rollout['example_id']}): {reason}")
-            continue
-        row: Row | None = None
-        for turn, step in enumerate(rollout["trajectory"]):
-            tokens = step["tokens"]
-            if tokens is None:
-                raise ValueError(
-                    f"rollout {i}, turn {turn}: tokens: the server sent no token ids or logprobs. The request must ask "
-                    "for return_token_ids and logprobs, and the server must know them (vLLM >= 0.10.2)"
-                )
-            prompt, sampled, logprobs = tokens["prompt_ids"], tokens["completion_ids"], tokens["completion_logprobs"]
-            if len(sampled) != len(logprobs):
-                raise ValueError(
-                    f"rollout {i}, turn {turn}: completion_logprobs: expected {len(sampled)}, got {len(logprobs)}"
-                )
-            if row is None or prompt[: len(row.ids)] != row.ids:
-                row = Row(reward=float(rollout["reward"]), group=rollout["example_id"], rollout=i)
-                rows.append(row)
-            row.is_truncated |= bool(step["is_truncated"])
-            given = len(prompt) - len(row.ids)
-            row.ids = [*prompt, *sampled]
-            row.loss_mask += [0] * given + [1] * len(sampled)
-            row.logprobs += [0.0] * given + list(logprobs)
-            row.messages = step["prompt"]
-    if dropped:
-        warnings.warn(f"{len(dropped)} of {len(outputs['outputs'])} rollouts cannot be trained on. First: {dropped[0]}")
-    if not rows:
-        raise ValueError(
-            f"no rollout can be trained on ({len(dropped)} came). First: {dropped[0] if dropped else 'none came'}"
-        )
-    return rows
-
-
-def _why_unusable(rollout, placeholder_ids: Sequence[int]) -> str | None:
-    error = rollout.get("error")
-    if error:
-        return f"error: {error.get('error_chain_repr', error) if isinstance(error, dict) else error}"
-    if not rollout["trajectory"]:
-        return "nothing was sampled (prompt longer than the server's limit, or the environment stopped before a turn)"
-    if rollout["reward"] is None or not math.isfinite(rollout["reward"]):
-        return f"reward={rollout['reward']}: must be finite; look at the environment's rubric"
-    sampled = {i for step in rollout["trajectory"] if step["tokens"] for i in step["tokens"]["completion_ids"]}
-    if sampled & set(placeholder_ids):
-        return (
-            f"the policy sampled the media placeholder {sorted(sampled & set(placeholder_ids))}, which has no image; "
-            "the server should apply the request's logit_bias"
-        )
-    if not sampled and all(step["tokens"] for step in rollout["trajectory"]):
-        return "nothing was sampled"
-    return None
-
-
-def token_tensors(rows: Sequence[Row], pad_id: int = 0) -> dict[str, Tensor]:
-    """The tensors of a `MultimodalBatch` that are about tokens, padded on the right. Masks come from lengths: the
-    padding token may be the stop token, and the stop token is trained on."""
-    L = max(len(row.ids) for row in rows)
-
-    def padded(values: list[list], fill, dtype) -> Tensor:
-        return torch.tensor([v + [fill] * (L - len(v)) for v in values], dtype=dtype)  # (B, L)
-
-    return dict(
-        input_ids=padded([row.ids for row in rows], pad_id, torch.long),
-        attention_mask=padded([[1] * len(row.ids) for row in rows], 0, torch.long),
-        loss_mask=padded([row.loss_mask for row in rows], 0, torch.long),
-        behavior_logprobs=padded([row.logprobs for row in rows], 0.0, torch.float32),
-        rewards=torch.tensor([row.reward for row in rows], dtype=torch.float32),
-        group_ids=torch.tensor([row.group for row in rows], dtype=torch.long),
-        rollout_ids=torch.tensor([row.rollout for row in rows], dtype=torch.long),
-        is_truncated=torch.tensor([row.is_truncated for row in rows]),
-    )
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Every family that Transformers has a processor for
 
 
 @dataclass
@@ -169,7 +50,7 @@ class Prompt:
     @property
     def nbytes(self) -> int:
         tensors = self.media.tensors.values() if self.media else ()
-        return 8 * len(self.ids) + sum(tensor.nbytes for tensor in tensors)
+        return 1000 + 40 * len(self.ids) + sum(tensor.nbytes for tensor in tensors)
 
 
 class ProcessorAdapter(MultimodalAdapter):
@@ -177,17 +58,21 @@ class ProcessorAdapter(MultimodalAdapter):
 
     Args:
         processor: a Transformers processor with a chat template (`load_processor`).
-        model_config: of the same checkpoint; names further placeholders.
+        model_config: of the same checkpoint; names further placeholders, and how many ids its output head has.
         processor_kwargs: for each call of the processor, such as `{"max_pixels": 401408}`. The server must be given the
             same (vLLM: --mm-processor-kwargs).
+        media_rules: `MediaRules`: how large media may be, and where from; None: no files, no web addresses.
+        on_control_tokens: "warn" or "error", where a server made control tokens of a text that spells them.
 
     Raises:
         ValueError: the processor has no chat template, or one that loses what a user says.
     """
 
-    def __init__(self, processor, model_config=None, processor_kwargs: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, processor, model_config=None, processor_kwargs=None, media_rules=None, on_control_tokens="warn"):
         super().__init__(processor.tokenizer)
         self.processor, self.processor_kwargs = processor, dict(processor_kwargs or {})
+        self.text_config = model_config and model_config.get_text_config()
+        self.media_rules, self.on_control_tokens, self.warned = media_rules or MediaRules(), on_control_tokens, False
         ears = [getattr(processor, name, None) for name in ("feature_extractor", "audio_processor")]
         self.sampling_rate = next((one.sampling_rate for one in ears if one is not None), None)  # of sound, in Hz
         self.kept: dict[str, Prompt] = {}  # by their messages, the oldest first
@@ -200,12 +85,14 @@ class ProcessorAdapter(MultimodalAdapter):
         self.token_types = [name for name in probe if name.endswith("token_type_ids")]  # say which tokens are media
         every = torch.arange(len(self.tokenizer))[None]
         marked = {i for types in self.token_inputs(every, every >= 0).values() for i in types.nonzero()[:, 1].tolist()}
-        self.placeholder_ids = sorted({*placeholder_ids(processor, model_config), *marked})
+        head = range(self.text_config.vocab_size if self.text_config else 0)
+        unnamed = set(head) - set(self.tokenizer.get_vocab().values())  # it may be padded: these ids have no token
+        self.placeholder_ids = sorted({*placeholder_ids(processor, model_config), *marked, *unnamed})
 
     def _shows_text(self, form: Callable[[str], Any]) -> bool:
         """Whether the chat template shows a text of this form as it was written."""
+        message = {"role": "user", "content": form("?")}
         try:
-            message = {"role": "user", "content": form("?")}
             shown = self.processor.apply_chat_template([message], add_generation_prompt=True)
         except Exception:  # whatever a template raises for what it does not take
             return False
@@ -239,11 +126,13 @@ class ProcessorAdapter(MultimodalAdapter):
         parts, found = media_parts(messages), self.placeholders(ids)
         if bool(parts) != bool(tensors) or bool(parts) < bool(found):
             kinds = ", ".join(part["type"] for part in parts) or "no media"
-            raise ValueError(
-                f"messages: {kinds}, but {self._named(found)} in the prompt and tensors {list(tensors)}: the chat "
-                f"template or {type(self.processor).__name__} does not take such media there"
-            )
-        return Prompt(ids, self.media.setdefault(json_key(parts), Media(tensors, found)) if parts else None)
+            made = f"{self._named(found)} in the prompt and tensors {list(tensors)}"
+            refused = f"the chat template or {type(self.processor).__name__} does not take such media there"
+            raise ValueError(f"messages: {kinds}, but {made}: {refused}")
+        media = self.media.setdefault(json_key(parts), Media(tensors, found)) if parts else None
+        if media is not None and media.placeholders != found:
+            raise ValueError("messages: at one of the media's addresses stands now what is of another size")
+        return Prompt(ids, media)
 
     def _conversation(self, messages: list[dict]) -> list[dict]:
         """The messages as Transformers' templates take them, media loaded."""
@@ -252,62 +141,75 @@ class ProcessorAdapter(MultimodalAdapter):
             if all(part["type"] == "text" for part in parts):
                 content = self.text_form("".join(part["text"] for part in parts))
             else:
-                content = [load_part(part, self.sampling_rate) for part in parts]
-            calls = {"tool_calls": [with_parsed_arguments(call) for call in message.get("tool_calls") or ()]}
-            conversation.append({**message, "content": content, **(calls if calls["tool_calls"] else {})})
+                content = [load_part(part, self.sampling_rate, self.media_rules) for part in parts]
+            conversation.append({**message, "content": content})
+            if message.get("tool_calls"):
+                conversation[-1]["tool_calls"] = [with_parsed_arguments(call) for call in message["tool_calls"]]
         return conversation
 
     def _call_processor(self, conversation: list[dict], tools: list[dict] | None = None) -> dict[str, Tensor]:
         said = json.dumps([conversation, tools], ensure_ascii=False, default=lambda medium: None)
         control = (json.dumps(token, ensure_ascii=False)[1:-1] for token in self.tokenizer.added_tokens_encoder)
         parts = [part for message in conversation for part in message["content"] if isinstance(part, dict)]
-        metadata = [video_metadata(part["video"]) for part in parts if part["type"] == "video"]
+        counts = [len(part["video"]) for part in parts if part["type"] == "video"]  # frames, one a second as in vLLM
+        metadata = [dict(total_num_frames=n, fps=1.0, duration=float(n), frames_indices=list(range(n))) for n in counts]
         frames = {"do_sample_frames": False, "video_metadata": [metadata]} if metadata else {}
-        inputs = self.processor.apply_chat_template(
-            conversation,
-            tools=tools,
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-            sanitize_control_tokens=any(token in said for token in control),  # some processors cannot always
-            # the template writes what begins a prompt, and the frames of a video are those that were chosen
-            processor_kwargs={"add_special_tokens": False, **frames, **self.processor_kwargs},
-        )
+        options = dict(add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt")
+        options["sanitize_control_tokens"] = any(token in said for token in control)  # some processors cannot always
+        # the template writes what begins a prompt, and the frames of a video are those that were chosen
+        options["processor_kwargs"] = {"add_special_tokens": False, **frames, **self.processor_kwargs}
+        inputs = self.processor.apply_chat_template(conversation, tools=tools, **options)
         return dict(inputs.to(torch.float32))  # what is not floating point stays (some give bfloat16)
 
     # -- rollouts to batch
 
     def build_batch(self, outputs) -> MultimodalBatch:
-        rows = rollout_rows(outputs, self.placeholder_ids)
-        media_of_row = [self._media(row) for row in rows]
+        rows = rollout_rows(outputs, self.placeholder_ids, getattr(self.text_config, "vocab_size", None), self._media)
         tensors = token_tensors(rows, self.tokenizer.pad_token_id or 0)
-        media, spans = pack_media([media and media.tensors for media in media_of_row], self.processor)
-        return MultimodalBatch(
-            **tensors,
-            pixel_values=media.pop("pixel_values", None),
-            extra_model_kwargs={**media, **self.token_inputs(tensors["input_ids"], tensors["attention_mask"])},
-            media_spans=spans,
-        )
+        media, spans = pack_media([row.media and row.media.tensors for row in rows], self.processor)
+        pixels = media.pop("pixel_values", None)
+        media |= self.token_inputs(tensors["input_ids"], tensors["attention_mask"])
+        return MultimodalBatch(**tensors, pixel_values=pixels, extra_model_kwargs=media, media_spans=spans)
 
-    def _media(self, row: Row) -> Media | None:
-        """All media of a row, in one call: some processors tile a picture otherwise where a prompt has several.
-
-        A medium that does not reach the model is an error, never a quiet zero; a placeholder without one too.
-        """
-        parts = media_parts(row.messages)
-        media = self.media.get(json_key(parts)) if parts else None  # the server in this process has asked for them
-        if parts and media is None:
-            media = self.encode_prompt([{"role": "user", "content": parts}]).media
+    def _media(self, row: Row, rollout: dict) -> Media | None:
+        """All media of a row, in one call: some processors tile a picture otherwise where a prompt has several. What
+        does not reach the model makes the row Unusable, never a quiet zero; a placeholder without a medium too."""
+        self._check_control_tokens(row, rollout)
+        try:
+            parts = media_parts(row.messages)
+            media = self.media.get(json_key(parts)) if parts else None  # the server in this process has asked for them
+            if parts and media is None:
+                media = self.encode_prompt([{"role": "user", "content": parts}]).media
+        except Exception as error:  # whatever a processor raises for what it does not take
+            raise Unusable("media", f"{type(error).__name__}: {error}") from error
         held, expected = self.placeholders(row.ids), media.placeholders if media else Counter()
         if held != expected:
-            raise ValueError(
-                f"rollout {row.rollout}: the server's prompt holds {self._named(held)}, its {len(parts)} media have "
-                f"{self._named(expected)} features. Either the chat template lost a medium, or server and trainer "
-                f"resize differently: give both the same processor_kwargs, here {self.processor_kwargs} (vLLM: "
-                "--mm-processor-kwargs)"
-            )
+            counts = f"prompt holds {self._named(held)}, its {len(parts)} media have {self._named(expected)} features"
+            why = "Either the chat template lost a medium, or server and trainer resize differently"
+            fix = f"give both the same processor_kwargs, here {self.processor_kwargs} (vLLM: --mm-processor-kwargs)"
+            raise Unusable("media", f"the server's {counts}. {why}: {fix}")
         return media
+
+    def _check_control_tokens(self, row: Row, rollout: dict) -> None:
+        """What spells a control token is text in this process; a vLLM server makes the token of it. Seen by counting:
+        its prompt holds more of that token than the chat template writes with a blank in place of what spells it."""
+        control = "|".join(re.escape(t.content) for t in self.tokenizer.added_tokens_decoder.values() if t.special)
+        try:
+            said = json.dumps(plain_messages(row.messages), ensure_ascii=False)
+            spelled = self.tokenizer.convert_tokens_to_ids(sorted(set(re.findall(control, said))))
+            tools = [{"type": "function", "function": tool} for tool in plain_messages(rollout.get("tool_defs") or ())]
+            own = self.encode_prompt(json.loads(re.sub(control, " ", said)), tools or None).ids if spelled else []
+        except Exception:  # what cannot be written here cannot be compared
+            return
+        forged = Counter({i: n for i in spelled if (n := row.ids[: row.prompt_length].count(i) - own.count(i)) > 0})
+        made = f"the server made control tokens of text that spells them, {self._named(forged)}"
+        rule = "turns and media can be forged. Take them out of the environment's texts"
+        said = f"example {rollout.get('example_id')}: {made}: {rule}"
+        if forged and self.on_control_tokens == "error":
+            raise ValueError(said)
+        if forged and not self.warned:
+            self.warned = True
+            warnings.warn(said)
 
     def placeholders(self, ids: Sequence[int]) -> Counter[int]:
         """How many of each placeholder these ids hold."""
@@ -325,8 +227,7 @@ class ProcessorAdapter(MultimodalAdapter):
 
     def prompt_inputs(self, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
         """Keyword arguments of the forward for these prompts, padded on the left: their last tokens share a column."""
-        P = max(len(prompt.ids) for prompt in prompts)
-        pad = self.tokenizer.pad_token_id or 0
+        P, pad = max(len(prompt.ids) for prompt in prompts), self.tokenizer.pad_token_id or 0
         ids = torch.tensor([[pad] * (P - len(prompt.ids)) + prompt.ids for prompt in prompts])  # (K, P)
         mask = torch.tensor([[0] * (P - len(prompt.ids)) + [1] * len(prompt.ids) for prompt in prompts])
         media, _ = pack_media([prompt.media and prompt.media.tensors for prompt in prompts], self.processor, False)
@@ -354,14 +255,10 @@ def json_key(value: Any) -> str:
 
 def with_parsed_arguments(call: dict) -> dict:
     """A tool call as chat templates take it: its arguments a dict, where OpenAI's shape has a string of JSON."""
-    function = call["function"]
+    function = call.get("function", call)  # verifiers' own has no dict around it
     arguments = function.get("arguments") or "{}"
     parsed = json.loads(arguments) if isinstance(arguments, str) else arguments
     return {**call, "function": {**function, "arguments": parsed}}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Families by name, and what is loaded for them
 
 
 class QwenVLAdapter(ProcessorAdapter):
@@ -373,7 +270,8 @@ class QwenVLAdapter(ProcessorAdapter):
     """
 
     def __init__(self, tokenizer, image_processor=None, model_config=None, **options) -> None:
-        image_processor, config = of_checkpoint(tokenizer.name_or_path, image_processor, model_config)
+        image_processor = image_processor or AutoImageProcessor.from_pretrained(tokenizer.name_or_path)
+        config = model_config or AutoConfig.from_pretrained(tokenizer.name_or_path)
         processor = without_video(Qwen2VLProcessor)(image_processor, tokenizer, chat_template=tokenizer.chat_template)
         super().__init__(processor, config, **options)
 
@@ -382,39 +280,36 @@ class LlavaAdapter(ProcessorAdapter):
     """LLaVA 1.5, from the processor's parts; arguments as above."""
 
     def __init__(self, tokenizer, image_processor=None, model_config=None, **options) -> None:
-        image_processor, config = of_checkpoint(tokenizer.name_or_path, image_processor, model_config)
-        processor = LlavaProcessor(
-            image_processor,
-            tokenizer,
-            patch_size=config.vision_config.patch_size,
-            vision_feature_select_strategy=config.vision_feature_select_strategy,
-            num_additional_image_tokens=1,  # CLIP's class token, which the default strategy leaves out
-            chat_template=tokenizer.chat_template,
-        )
-        super().__init__(processor, config, **options)
-
-
-def of_checkpoint(name: str, image_processor, model_config):
-    """(image processor, config): these, or loaded from the checkpoint of this name."""
-    image_processor = image_processor or AutoImageProcessor.from_pretrained(name)
-    return image_processor, model_config or AutoConfig.from_pretrained(name)
+        image_processor = image_processor or AutoImageProcessor.from_pretrained(tokenizer.name_or_path)
+        config = model_config or AutoConfig.from_pretrained(tokenizer.name_or_path)
+        parts = dict(image_processor=image_processor, tokenizer=tokenizer, chat_template=tokenizer.chat_template)
+        parts["vision_feature_select_strategy"] = config.vision_feature_select_strategy
+        # one token more: CLIP's class token, which the default strategy leaves out
+        sizes = dict(patch_size=config.vision_config.patch_size, num_additional_image_tokens=1)
+        super().__init__(LlavaProcessor(**parts, **sizes), config, **options)
 
 
 ADAPTERS = {"auto": ProcessorAdapter, "qwen": QwenVLAdapter, "llava": LlavaAdapter}
 
 
-def load_model(
-    family: str, checkpoint: str | None, seed: int = 0, processor_kwargs: Mapping[str, Any] | None = None
-) -> tuple[nn.Module, Any, MultimodalAdapter]:
-    """(model, tokenizer, adapter) of a checkpoint, a name or a folder; None: of a tiny model with random weights."""
+def load_model(family: str, checkpoint: str | None, config: MultimodalRLConfig):
+    """(model, tokenizer, adapter) of a checkpoint, a name or a folder; None: of a tiny model with random weights.
+    ValueError: no such folder, or weights that lack tensors."""
+    rules = MediaRules(config.max_image_pixels, config.allowed_local_media_path, config.allowed_media_domains)
     if checkpoint is None:
         from tiny_vlm import make_tiny, use_one_thread
 
         use_one_thread()
-        model, processor = make_tiny("qwen" if family == "auto" else family, seed=seed)
+        model, processor = make_tiny("qwen" if family == "auto" else family, seed=config.seed)
     else:
-        model = AutoModelForMultimodalLM.from_pretrained(checkpoint, dtype=torch.float32)
+        if Path(checkpoint).is_absolute() and not Path(checkpoint).exists():
+            raise ValueError(f"model={checkpoint!r}: there is no such folder")
+        options = dict(dtype=torch.float32, output_loading_info=True)
+        model, found = AutoModelForMultimodalLM.from_pretrained(checkpoint, **options)
+        if missing := sorted(found["missing_keys"]):  # they would be trained on from random numbers
+            raise ValueError(f"model={checkpoint!r}: its weights lack {len(missing)} tensors: {', '.join(missing[:5])}")
         processor = load_processor(checkpoint)
     parts = (processor,) if family == "auto" else (processor.tokenizer, processor.image_processor)
-    adapter = ADAPTERS[family](*parts, model.config, processor_kwargs=processor_kwargs)
+    options = dict(processor_kwargs=config.processor_kwargs, on_control_tokens=config.on_control_tokens)
+    adapter = ADAPTERS[family](*parts, model.config, media_rules=rules, **options)
     return model, adapter.tokenizer, adapter
