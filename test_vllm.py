@@ -30,7 +30,7 @@ import torch
 from transformers import AutoModelForImageTextToText, Qwen2VLImageProcessorPil
 
 from adapters import QwenVLAdapter
-from checkpoint import published_weights
+from checkpoint import checkpoints, published_weights
 from conftest import DEMONSTRATIONS, make_tiny
 from local_server import LocalServer
 from mm_grpo import MultimodalGRPOTrainer, MultimodalRLConfig, score
@@ -46,6 +46,9 @@ CLOSE = 1e-3  # between two float32 forwards of one token; they differ by about 
 if not (PYTHON or RUNNING) and "CI" not in os.environ:
     missing = "vLLM is not installed: bash .ci/vllm_cpu.sh, or set VLLM_PYTHON or VLLM_BASE_URL"
     pytest.skip(missing, allow_module_level=True)
+
+
+KEY = "a-key-that-nobody-else-knows"
 
 
 class ServerProcess:
@@ -219,18 +222,40 @@ def test_the_weights_file_is_replaced_whole_under_the_folder_that_is_named(serve
     (shared / "notes.txt").write_text("mine")
     trainer = make_trainer("qwen", servers("qwen"), weight_sync_dir=str(shared), **folder)
     trainer.step()
-    assert sorted(path.name for path in shared.iterdir()) == ["notes.txt", "policy"]  # what else is there is left alone
-    assert [path.name for path in (shared / "policy").iterdir()] == ["model.safetensors"]
+    ours = trainer.server.weights_dir
+    assert ours.parent == shared and [path.name for path in ours.iterdir()] == ["policy"]
+    (weights,) = (ours / "policy").iterdir()
+    assert weights.name == "model.safetensors" and weights.stat().st_mode & 0o444 == 0o444  # a server of another user
     assert not Path(trainer.config.output_dir).exists()
+    trainer.close()
+    assert [path.name for path in shared.iterdir()] == ["notes.txt"]  # what else is there is left alone
+
+
+def test_a_proxy_is_not_asked_for_a_server_of_this_machine(servers, folder, monkeypatch):
+    """It was, and after 240 s there was no vLLM server that answered."""
+    server = servers("qwen")
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    metrics = make_trainer("qwen", server, vllm_server_timeout=5.0, **folder).step()
+    assert metrics["rollouts_dropped"] == 0 and differences(metrics) < CLOSE
+
+
+def test_two_runs_may_share_the_folder_for_weight_updates(servers, tmp_path, folder):
+    """One replaced the other's weights under the path that the other's server was about to load."""
+    trainers = [make_trainer("qwen", servers("qwen"), seed=i, weight_sync_dir=str(tmp_path), **folder) for i in (0, 1)]
+    for trainer in trainers:
+        trainer.rollouts.sync()
+    assert len({trainer.server.weights_dir for trainer in trainers}) == 2
+    assert all((trainer.server.weights_dir / "policy" / "model.safetensors").exists() for trainer in trainers)
 
 
 def test_a_folder_that_holds_an_earlier_run_gets_no_weights_either(servers, folder):
     run = Path(folder["output_dir"])
     run.mkdir()
-    (run / "metrics.jsonl").write_text("")
+    (run / "metrics.jsonl").write_text('{"step": 1}\n')
     with pytest.raises(FileExistsError, match="holds an earlier run"):
         make_trainer("qwen", servers("qwen"), **folder).train()
-    assert os.listdir(run) == ["metrics.jsonl"]
+    assert sorted(os.listdir(run)) == ["lock", "metrics.jsonl"]
 
 
 def test_no_more_rollouts_are_in_flight_than_allowed(servers, folder, monkeypatch):
@@ -349,11 +374,11 @@ def test_a_tied_head_that_the_update_does_not_reach_is_caught(servers, folder):
 def test_rollouts_ahead_are_exactly_one_step_old_and_skip_no_prompt(servers, folder, monkeypatch):
     asked = []
 
-    def noted(self, examples, temperature, rollout=Rollouts.generate):
+    def noted(self, examples, temperature, rollout=Rollouts.roll_out):
         asked.append([example["example_id"] for example in examples])
         return rollout(self, examples, temperature)
 
-    monkeypatch.setattr(Rollouts, "generate", noted)
+    monkeypatch.setattr(Rollouts, "roll_out", noted)
     settings = dict(async_rollouts=True, max_steps=5, env_args={"num_train_examples": 64}, **folder)
     trainer = make_trainer("qwen", servers("qwen"), **settings)
     policies, steps = [], []
@@ -374,8 +399,7 @@ def test_rollouts_ahead_are_exactly_one_step_old_and_skip_no_prompt(servers, fol
     assert [step["lag"] for step in metrics] == [0, 0, 1, 1, 1]
     assert max(steps) < CLOSE  # against the policy of one step before
     assert all(differences(step) > CLOSE for step in metrics[2:])  # and not against the newest
-    trainer.rollouts.prompts_taken = 0
-    again = [[example["example_id"] for example in trainer.rollouts.next_examples()] for _ in range(5)]
+    again = [[example["example_id"] for example in trainer.rollouts.examples(step)] for step in range(5)]
     assert asked == again  # none after the last step
 
 
@@ -474,7 +498,7 @@ def test_the_command_line_learns_to_see_through_vllm_and_its_checkpoint_served_a
     rewards = [step["reward"] for step in steps]
     assert sum(rewards[-5:]) >= 2 * sum(rewards[:5])
 
-    afresh = servers("qwen", "afresh", folder=run / "checkpoint")
+    afresh = servers("qwen", "afresh", folder=max(run.glob("checkpoint-*")))
     config = json.loads((run / "config.json").read_text())
     config |= {"vllm_server_port": afresh.port, "sync_to_vllm_every": 0, "output_dir": str(tmp_path / "again")}
     again = make_trainer("qwen", **config)  # random weights: the server's are the checkpoint's
@@ -541,8 +565,8 @@ def test_a_closed_trainer_has_let_go_of_both_clients_and_can_be_closed_again(ser
 
 
 def test_a_server_killed_during_rollouts_and_started_again_costs_no_step(servers, folder, monkeypatch):
-    server = servers("qwen", "mortal")
-    settings = dict(vllm_server_timeout=400.0, env_args={"num_train_examples": 64}, **folder)
+    server = servers("qwen", "mortal", **{"api-key": KEY})
+    settings = dict(vllm_server_timeout=400.0, vllm_api_key=KEY, env_args={"num_train_examples": 64}, **folder)
     trainer = make_trainer("qwen", server, seed=1, **settings)
     calls = []
 
@@ -566,9 +590,21 @@ def test_a_server_killed_during_rollouts_and_started_again_costs_no_step(servers
     assert all(differences(step) < CLOSE and step["rollouts_dropped"] == 0 for step in metrics)
 
 
+def test_the_key_of_a_server_goes_with_every_request_and_is_never_written_down(servers, folder):
+    server = servers("qwen", "mortal", **{"api-key": KEY})
+    settings = dict(max_steps=1, vllm_server_timeout=400.0, mismatch_threshold=1e3, **folder)
+    with pytest.raises(RuntimeError, match="401.*vllm_api_key"):
+        make_trainer("qwen", server, **settings)
+    trainer = make_trainer("qwen", server, vllm_api_key=KEY, **settings)
+    trainer.train()
+    written = [path for path in Path(trainer.config.output_dir).rglob("*") if path.is_file()]
+    assert len(written) > 8 and not any(KEY.encode() in path.read_bytes() for path in written)
+    assert KEY not in str(trainer.server)
+
+
 def test_a_server_killed_before_a_weight_update_gets_it_when_it_is_back(servers, folder):
-    server = servers("qwen", "mortal")
-    trainer = make_trainer("qwen", server, seed=1, vllm_server_timeout=400.0, **folder)
+    server = servers("qwen", "mortal", **{"api-key": KEY})
+    trainer = make_trainer("qwen", server, seed=1, vllm_server_timeout=400.0, vllm_api_key=KEY, **folder)
     server.kill()
     threading.Timer(2.0, server.start).start()
     with pytest.warns(UserWarning, match="Waiting for the server; the weight update starts over"):
@@ -580,8 +616,8 @@ def test_a_server_killed_before_a_weight_update_gets_it_when_it_is_back(servers,
 def test_a_server_killed_for_good_ends_the_run_within_the_timeout_and_the_checkpoint_is_whole(
     ahead, servers, folder, monkeypatch
 ):
-    server = servers("qwen", "mortal")
-    trainer = make_trainer("qwen", server, vllm_server_timeout=5.0, async_rollouts=ahead, **folder)
+    server = servers("qwen", "mortal", **{"api-key": KEY})
+    trainer = make_trainer("qwen", server, vllm_server_timeout=5.0, vllm_api_key=KEY, async_rollouts=ahead, **folder)
     step = trainer.step
 
     def then_kill():
@@ -600,7 +636,10 @@ def test_a_server_killed_for_good_ends_the_run_within_the_timeout_and_the_checkp
     assert time.monotonic() - server.killed_at < 5 + 10
     lines = (Path(trainer.config.output_dir) / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 2, 3]
-    loaded = AutoModelForImageTextToText.from_pretrained(Path(trainer.config.output_dir) / "checkpoint").state_dict()
+    (checkpoint,) = checkpoints(
+        Path(trainer.config.output_dir)
+    )  # rollouts ahead may have been trained on before the end
+    loaded = AutoModelForImageTextToText.from_pretrained(checkpoint).state_dict()
     assert all(torch.equal(tensor, loaded[name]) for name, tensor in trainer.model.state_dict().items())
 
 

@@ -8,7 +8,10 @@ from __future__ import annotations
 import base64
 import importlib.util
 import io
+import ipaddress
 import json
+import os
+import shutil
 import socket
 import time
 import uuid
@@ -32,22 +35,15 @@ if TYPE_CHECKING:
     from mm_grpo import MultimodalRLConfig
 
 VLLM_COMMAND = "VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --logprobs-mode processed_logprobs --generation-config vllm"
-PROBE_SIZES = (
-    (32, 32),
-    (448, 336),
-    (1344, 1008),
-)  # (width, height) of the pictures that server and adapter must expand alike
+PROBE_SIZES = ((32, 32), (448, 336), (1344, 1008))  # (width, height) of pictures that both sides must expand alike
 UPDATE_ATTEMPTS = 3  # a weight update that kills the server so often is not a passing fault
 
 
 class VLLMServer:
-    """A running vLLM server: completions over HTTP, weights through a folder that both sides see, or over NCCL.
-
-    It has everything of `rollouts.Server`.
+    """A running vLLM server, a `rollouts.Server`: completions over HTTP, weights through a shared folder or over NCCL.
 
     Start it with VLLM_COMMAND: dev mode has the routes for weight updates, processed logprobs are those of the
-    distribution that was sampled, and without `--generation-config vllm` the checkpoint's own sampling settings sneak
-    in.
+    distribution that was sampled, and without `--generation-config vllm` the checkpoint's sampling settings sneak in.
 
     Weights go over NCCL where the server was started with `--weight-transfer-config '{"backend": "nccl"}'`, the model
     is on a GPU and vllm is installed beside the trainer; else through the folder.
@@ -56,10 +52,11 @@ class VLLMServer:
         model: in training; `sync` sends its weights, and the server must have its vocabulary.
         adapter: of its family: knows how many placeholders a picture fills (`encode_prompt`, where it has that).
         host, port: of the server.
-        weights_dir: folder for weight updates, seen by server and trainer under this path. Its subfolder `policy` is
-            ours.
+        weights_dir: folder for weight updates, seen by both sides under this path. A new subfolder of it is ours, and
+            is deleted at the end.
         timeout: seconds to wait for the server to come up, and for each part of a weight update.
         generation_timeout: seconds until a request for a completion fails.
+        api_key: the server's, where it was started with one.
 
     Raises:
         TimeoutError, RuntimeError: what is wrong, and which option of the server fixes it.
@@ -68,37 +65,31 @@ class VLLMServer:
     shares_weights = False
 
     def __init__(
-        self,
-        model,
-        adapter,
-        host: str,
-        port: int,
-        weights_dir: str | Path,
-        timeout: float = 240.0,
-        generation_timeout: float = 600.0,
+        self, model, adapter, host: str, port: int, weights_dir, timeout=240.0, generation_timeout=600.0, api_key=None
     ):
         self.model, self.adapter, self.host, self.port = model, adapter, host, port
-        self.url, self.weights_dir, self.timeout = f"http://{host}:{port}", Path(weights_dir), timeout
+        self.url, self.timeout = f"http://{host}:{port}", timeout
+        # of this run alone: a second one may use the same folder
+        self.weights_dir = Path(weights_dir).resolve() / f"mm_grpo-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+        # no proxy knows the way to this machine
+        direct = dict(trust_env=not is_local(host), headers={"Authorization": f"Bearer {api_key}"} if api_key else None)
         # A connection for each call: a server that fails inside one closes it, and /resume must come through even so.
-        self.http = httpx.Client(base_url=self.url, timeout=timeout, limits=httpx.Limits(max_keepalive_connections=0))
+        once = httpx.Limits(max_keepalive_connections=0)
+        self.http = httpx.Client(base_url=self.url, timeout=timeout, limits=once, **direct)
         # No request is sent twice: a server that was restarted in between would answer the second one with old weights.
-        self.client = openai.AsyncOpenAI(
-            base_url=f"{self.url}/v1", api_key="EMPTY", timeout=generation_timeout, max_retries=0
-        )
+        options = dict(api_key=api_key or "EMPTY", timeout=generation_timeout, max_retries=0)
+        # Nor is a connection used twice: vLLM closes one that idles for 5 s, perhaps under a request.
+        http = openai.DefaultAsyncHttpxClient(timeout=generation_timeout, limits=once, **direct)
+        self.client = openai.AsyncOpenAI(base_url=f"{self.url}/v1", http_client=http, **options)
         self.connect()
 
     @classmethod
     def from_config(cls, model, adapter, config: MultimodalRLConfig) -> VLLMServer:
         """The server that the config names."""
-        return cls(
-            model,
-            adapter,
-            config.vllm_server_host,
-            config.vllm_server_port,
-            weights_dir=config.weight_sync_dir or Path(config.output_dir) / "weights",
-            timeout=config.vllm_server_timeout,
-            generation_timeout=config.generation_timeout,
-        )
+        weights_dir = config.weight_sync_dir or Path(config.output_dir) / "weights"
+        options = dict(timeout=config.vllm_server_timeout, generation_timeout=config.generation_timeout)
+        options |= dict(weights_dir=weights_dir, api_key=config.vllm_api_key)
+        return cls(model, adapter, config.vllm_server_host, config.vllm_server_port, **options)
 
     def connect(self) -> None:
         """Wait until the server answers, and check that a policy can be trained on what it says."""
@@ -107,10 +98,8 @@ class VLLMServer:
             print(f"waiting up to {self.timeout:g} s for a vLLM server at {self.url}", flush=True)
         while not self._healthy():
             if time.monotonic() > deadline:
-                raise TimeoutError(
-                    f"no vLLM server answered at {self.url} within vllm_server_timeout={self.timeout:g} s. Start one: "
-                    f"{VLLM_COMMAND}"
-                )
+                within = f"within vllm_server_timeout={self.timeout:g} s"
+                raise TimeoutError(f"no vLLM server answered at {self.url} {within}. Start one: {VLLM_COMMAND}")
             time.sleep(0.5)
         self.version = self._call("GET", "/weight_info").json()["weight_version"]
         served = self._call("GET", "/v1/models").json()["data"][0]
@@ -118,9 +107,8 @@ class VLLMServer:
         settings = self._call("GET", "/server_info?config_format=json").json()["vllm_config"]
         self.dtype = getattr(torch, settings["model_config"]["dtype"].removeprefix("torch."))
         can_nccl = next(self.model.parameters()).is_cuda and importlib.util.find_spec("vllm") is not None
-        self.transport = (
-            "nccl" if can_nccl and (settings["weight_transfer_config"] or {}).get("backend") == "nccl" else "disk"
-        )
+        backend = (settings["weight_transfer_config"] or {}).get("backend")
+        self.transport = "nccl" if can_nccl and backend == "nccl" else "disk"
         self.nccl = None  # connected at the first update
         self._check_logprobs()
         self._check_vocabulary()
@@ -138,8 +126,7 @@ class VLLMServer:
         """Load the model's weights into the server. A server that dies meanwhile is waited for, and then gets them."""
         for attempt in range(1, UPDATE_ATTEMPTS + 1):
             try:
-                self._push(model)
-                return
+                return self._push(model)
             except RuntimeError as error:
                 if attempt == UPDATE_ATTEMPTS or self._healthy():
                     raise
@@ -155,15 +142,10 @@ class VLLMServer:
                 self.nccl = self.nccl or nccl_sender(self, lambda: self._weights(model))
                 self.nccl.send_weights()
             else:
-                self._call(
-                    "POST",
-                    "/collective_rpc",
-                    json={"method": "reload_weights", "kwargs": {"weights_path": str(folder)}},
-                )
+                reload = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
+                self._call("POST", "/collective_rpc", json=reload)
             if not self._call("POST", "/reset_prefix_cache").json()["success"]:
-                raise RuntimeError(
-                    f"{self.url}/reset_prefix_cache: blocks are still held; requests of the old policy are running"
-                )
+                raise RuntimeError(f"{self.url}/reset_prefix_cache: requests of the old policy still hold blocks")
             self._call("POST", "/reset_mm_cache")
             self._call("POST", "/reset_encoder_cache")
             self.version = f"mm_grpo-{uuid.uuid4().hex}"
@@ -173,20 +155,19 @@ class VLLMServer:
 
     def _weights(self, model) -> Iterator[tuple[str, Tensor]]:
         """Each parameter by the name that the server knows it by, in the type that it computes in."""
-        for name, weights in published_weights(model):
-            yield name, weights.to(self.dtype)
+        return ((name, weights.to(self.dtype)) for name, weights in published_weights(model))
 
     def _write(self, model) -> Path:
         """The weights, as a folder."""
-        folder = self.weights_dir.resolve() / "policy"
-        with whole_folder(folder) as fresh:
-            save_file(
-                {name: tensor.cpu().contiguous() for name, tensor in self._weights(model)}, fresh / "model.safetensors"
-            )
+        folder = self.weights_dir / "policy"
+        with whole_folder(folder, replace=True) as fresh:
+            weights = {name: tensor.cpu().contiguous() for name, tensor in self._weights(model)}
+            save_file(weights, fresh / "model.safetensors")
         return folder
 
     def close(self) -> None:
         self.http.close()
+        shutil.rmtree(self.weights_dir, ignore_errors=True)
 
     def __str__(self) -> str:
         weights = "over NCCL" if self.transport == "nccl" else f"through {self.weights_dir}"
@@ -210,15 +191,11 @@ class VLLMServer:
     def _call(self, method: str, route: str, **arguments) -> httpx.Response:
         response = self._request(method, route, **arguments)
         if response.status_code == 404:
-            raise RuntimeError(
-                f"{self.url}{route} does not exist: start the server (vLLM 0.32 or later) with VLLM_SERVER_DEV_MODE=1"
-            )
+            start = "start the server (vLLM 0.32 or later) with VLLM_SERVER_DEV_MODE=1"
+            raise RuntimeError(f"{self.url}{route} does not exist: {start}")
         if response.status_code != 200:
-            hint = (
-                f". Can the server read {self.weights_dir.resolve()}? (weight_sync_dir)"
-                if route == "/collective_rpc"
-                else ""
-            )
+            hint = f". Can the server read {self.weights_dir}? (weight_sync_dir)" if route == "/collective_rpc" else ""
+            hint = ". Is that the server's --api-key? (vllm_api_key)" if response.status_code == 401 else hint
             raise RuntimeError(f"{self.url}{route}: {response.status_code} {response.text[:500]}{hint}")
         return response
 
@@ -236,9 +213,8 @@ class VLLMServer:
                 raise RuntimeError(f"{self.url}: return_token_ids gave no token ids; vLLM 0.10.2 or later is needed")
             best.append(max(answer["logprobs"]["top_logprobs"][0].values()))
         if best[0] < -1e-3 and abs(best[0] - best[1]) < 1e-6:
-            raise RuntimeError(
-                f"{self.url} reports logprobs before the temperature: start it with --logprobs-mode processed_logprobs"
-            )
+            fix = "start it with --logprobs-mode processed_logprobs"
+            raise RuntimeError(f"{self.url} reports logprobs before the temperature: {fix}")
 
     def _check_vocabulary(self) -> None:
         """The server must know the trainer's last token id, and none after it."""
@@ -248,22 +224,18 @@ class VLLMServer:
         size = len(head.weight)
         answers = [self._complete(logit_bias={str(token): 0}) for token in (size - 1, size)]
         if [answer.status_code for answer in answers] != [200, 400]:
-            said = next(
-                (answer.text[:300] for answer in answers if answer.status_code != 200), f"token id {size} is known"
-            )
-            raise RuntimeError(
-                f"{self.url}: its model has another vocabulary than the trainer's, which has {size} token ids. Serve "
-                f"the checkpoint that is trained (vllm serve MODEL). The server said: {said}"
-            )
+            refused = [answer.text[:300] for answer in answers if answer.status_code != 200]
+            said = refused[0] if refused else f"token id {size} is known"
+            other = f"its model has another vocabulary than the trainer's, which has {size} token ids"
+            fix = "Serve the checkpoint that is trained (vllm serve MODEL)"
+            raise RuntimeError(f"{self.url}: {other}. {fix}. The server said: {said}")
 
     def _check_placeholders(self) -> None:
         """The server must expand a picture to as many placeholder tokens as the adapter does, whatever its size."""
         if not hasattr(self.adapter, "encode_prompt"):
             return
 
-        def placeholders(ids: list[int]) -> int:
-            return sum(token in self.adapter.placeholder_ids for token in ids)
-
+        placeholders = lambda ids: sum(token in self.adapter.placeholder_ids for token in ids)
         for size in PROBE_SIZES:
             png = io.BytesIO()
             Image.new("RGB", size, "grey").save(png, format="PNG")
@@ -278,19 +250,15 @@ class VLLMServer:
                 continue  # such a picture cannot be asked about at all
             ask = {"model": self.model_name, "messages": messages, "max_tokens": 1, "return_token_ids": True}
             answer = self._request("POST", "/v1/chat/completions", json=ask)
-            shape = f"a picture of {size[0]} x {size[1]} pixels"
+            shape, wanted = f"a picture of {size[0]} x {size[1]} pixels", placeholders(expected)
             fix = f"vLLM: {processor_flag(self.adapter) or '--mm-processor-kwargs'}, trainer: --processor_kwargs"
             if answer.status_code != 200:
-                raise RuntimeError(
-                    f"{self.url} refuses {shape}, {placeholders(expected)} placeholders for the adapter: "
-                    f"{answer.text[:300]} (--limit-mm-per-prompt, --max-model-len, or image size limits; {fix})"
-                )
+                said = f"{answer.text[:300]} (--limit-mm-per-prompt, --max-model-len, or image size limits; {fix})"
+                raise RuntimeError(f"{self.url} refuses {shape}, {wanted} placeholders for the adapter: {said}")
             got = placeholders(answer.json()["prompt_token_ids"])
-            if got != placeholders(expected):
-                raise RuntimeError(
-                    f"{self.url} expands {shape} to {got} placeholders, the adapter to {placeholders(expected)}: "
-                    f"give both the same image size limits ({fix})"
-                )
+            if got != wanted:
+                sizes = f"{shape} to {got} placeholders, the adapter to {wanted}"
+                raise RuntimeError(f"{self.url} expands {sizes}: give both the same image size limits ({fix})")
 
     def _check_image_backend(self) -> None:
         """Images are resized by torchvision in vLLM, and to other pixels by Pillow."""
@@ -300,6 +268,14 @@ class VLLMServer:
                 "images are resized by Pillow here and by torchvision in vLLM, to other pixels: tiny models' logprobs "
                 "differ by 1e-3 to 2e-2. Install torchvision beside the trainer; images that need no resizing are safe"
             )
+
+
+def is_local(host: str) -> bool:
+    """Whether it is a name or address of this machine or of its own network."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_private
+    except ValueError:
+        return False
 
 
 def processor_flag(adapter) -> str:
@@ -328,8 +304,6 @@ def nccl_sender(server: VLLMServer, weights: Callable[[], Iterator[tuple[str, Te
         free.bind(("", 0))
         port = free.getsockname()[1]
     workers = server._call("GET", "/get_world_size").json()["world_size"]
-    return WeightTransferTrainerFactory.trainer_init(
-        NCCLTrainerInitInfo(rank=0, master_address=address, master_port=port, world_size=1 + workers),
-        client=HTTPVLLMWeightSyncClient(server.url, timeout=server.timeout),
-        source=Weights(),
-    )
+    group = NCCLTrainerInitInfo(rank=0, master_address=address, master_port=port, world_size=1 + workers)
+    client = HTTPVLLMWeightSyncClient(server.url, timeout=server.timeout)
+    return WeightTransferTrainerFactory.trainer_init(group, client=client, source=Weights())
