@@ -1,22 +1,35 @@
-"""Checkpoints: the names that vLLM and published ones know weights by, whole folders, what loads a processor."""
+"""Checkpoints: the names that vLLM and published ones know weights by, whole folders, the state of a run."""
 
 from __future__ import annotations
 
+import json
+import os
+import random
 import re
 import shutil
+import sys
+import tempfile
+import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoProcessor, PreTrainedModel
+from transformers import AutoConfig, AutoProcessor, PreTrainedModel, set_seed
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 from transformers.utils import is_torchvision_available
 
+STATE = "trainer_state.json"
+DOOMED = "trainer_state.json.deleted"  # its name while the checkpoint is deleted
+UNFINISHED = "unfinished"  # ends the name of a folder that is being written
 # Vision towers of whose module names Transformers 5 has dropped a level that published checkpoints and vLLM 0.32 have
 NESTED_TOWERS = ("clip_vision_model", "siglip_vision_model", "siglip2_vision_model")
 
@@ -47,7 +60,15 @@ def save_checkpoint(folder: Path, model: nn.Module, *beside: Any) -> None:
     """Write the weights, and what has a `save_pretrained` beside them (adapter, tokenizer), whole or not at all.
 
     As `from_pretrained` and vLLM read them; of a module that is no Transformers model, the state dict as model.pt.
+
+    Raises:
+        FileExistsError: the folder exists; nothing is overwritten.
+        ValueError: weights that are not finite.
+        OSError: they could not be written; nothing is left of them.
     """
+    broken = [name for name, parameter in model.named_parameters() if not torch.isfinite(parameter).all()]
+    if broken:
+        raise ValueError(f"{broken[0]} and {len(broken) - 1} other weights are not finite: not saved")
     with whole_folder(folder) as fresh:
         if hasattr(model, "save_pretrained"):
             weights = {published_name(name, model): tensor for name, tensor in model.state_dict().items()}
@@ -60,14 +81,221 @@ def save_checkpoint(folder: Path, model: nn.Module, *beside: Any) -> None:
 
 
 @contextmanager
-def whole_folder(folder: Path) -> Iterator[Path]:
-    """A new folder to write into, which takes the place of `folder` once it is whole."""
-    fresh = folder.with_name(folder.name + ".new")
-    shutil.rmtree(fresh, ignore_errors=True)
+def whole_folder(folder: Path, replace: bool = False) -> Iterator[Path]:
+    """A new folder to write into, which becomes `folder` once it is whole and on the disk; else nothing is left of it.
+
+    Args:
+        replace: an existing one, which is ours, gives way to it.
+    """
+    if folder.exists() and not replace:
+        raise FileExistsError(f"{folder}: exists, and is not overwritten; name another folder")
+    fresh, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{end}") for end in (UNFINISHED, "old"))
+    shutil.rmtree(fresh, ignore_errors=True)  # of a process that was killed and had our number
     fresh.mkdir(parents=True)
-    yield fresh
-    shutil.rmtree(folder, ignore_errors=True)
-    fresh.rename(folder)
+    try:
+        yield fresh
+        for path in (*fresh.rglob("*"), fresh):
+            path.chmod(path.stat().st_mode | 0o444)  # a server of another user may have to read it
+            sync(path)
+        if folder.exists():
+            folder.rename(old)
+        fresh.rename(folder)
+        sync(folder.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    except BaseException as error:
+        shutil.rmtree(fresh, ignore_errors=True)
+        if type(error).__name__ == "SafetensorError":  # how its library says that the disk is full
+            raise OSError(str(error)) from None
+        raise
+
+
+def sync(path: Path) -> None:
+    """Wait until it is on the disk."""
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The state of a run, beside its weights
+
+
+# Settings that may change on the way: they say how long, how often and where, or change no number but by rounding
+FREE = (
+    *("output_dir", "resume_from_checkpoint", "save_steps", "save_total_limit", "eval_steps", "eval_examples"),
+    *("max_steps", "log_every_steps", "micro_batch_size", "max_concurrent", "rollout_timeout", "generation_timeout"),
+    *("vllm_server_host", "vllm_server_port", "vllm_api_key", "vllm_server_timeout", "weight_sync_dir"),
+    *("mismatch_threshold", "on_mismatch", "on_control_tokens"),
+)
+SECRET = "vllm_api_key"
+
+
+def settings_of(config: Any) -> dict[str, Any]:
+    """The settings as they may be written down, as JSON gives them back."""
+    return json.loads(json.dumps({name: value for name, value in asdict(config).items() if name != SECRET}))
+
+
+class RunState:
+    """What a checkpoint holds beside weights and tokenizer, so that a run goes on with the same bits. No pickles.
+
+    Prompts and the random streams of completions follow from the step alone, so they need no state. The reference
+    policy of the KL penalty is the model that the run starts from again.
+
+    Args:
+        trainer: a MultimodalGRPOTrainer.
+    """
+
+    def __init__(self, trainer: Any):
+        self.trainer, self.config, self.folder = trainer, trainer.config, Path(trainer.config.output_dir)
+
+    def facts(self) -> dict[str, Any]:
+        """What the run is, for trainer_state.json."""
+        model, step = self.trainer.model, self.trainer.policy.version
+        return {
+            "step": step,
+            "policy_version": step,
+            "prompts_taken": step * self.config.rollouts_per_step // self.config.rollouts_per_example,
+            "settings": {
+                **settings_of(self.config),
+                "adapter": type(self.trainer.adapter).__name__,
+                "model": f"{type(model).__name__} {getattr(model, 'name_or_path', '')}".strip(),
+            },
+            "versions": {name: version(name) for name in ("torch", "transformers", "verifiers")},
+        }
+
+    def save_pretrained(self, folder: Path) -> None:
+        """Write the optimizer's state, the random states and the facts."""
+        states = self.trainer.optimizer.state_dict()["state"]
+        tensors = {f"{i}.{name}": tensor for i, state in states.items() for name, tensor in state.items()}
+        save_file(tensors, folder / "optimizer.state")  # another suffix: vLLM takes every *.safetensors for weights
+        numpy_state = [part.tolist() if hasattr(part, "tolist") else part for part in np.random.get_state()]
+        torch_states = [state.tolist() for state in (torch.get_rng_state(), *torch.cuda.get_rng_state_all())]
+        randomness = {"python": random.getstate(), "numpy": numpy_state, "torch": torch_states}
+        files = [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
+        text = json.dumps({**self.facts(), "files": files, "random_states": randomness})
+        (folder / STATE).write_text(text + "\n")
+
+    def save(self, folder: Path | None = None) -> Path | None:
+        """Write `checkpoint-N` (into `folder`; None: output_dir), N the step, and delete what is above the limit.
+
+        Returns:
+            The checkpoint; None, with a warning, where it could not be written: the next one may be.
+        """
+        trainer, path = self.trainer, (folder or self.folder) / f"checkpoint-{self.trainer.policy.version}"
+        if read_state(path) is not None:  # of this very step
+            return path
+        try:
+            save_checkpoint(path, trainer.model, trainer.adapter, trainer.tokenizer, self)
+        except (OSError, ValueError) as error:
+            warnings.warn(f"{path}: this checkpoint is not written: {error}")
+            return None
+        for old in checkpoints(path.parent)[: -(self.config.save_total_limit or sys.maxsize)]:
+            delete_checkpoint(old)
+        return path
+
+    def save_elsewhere(self) -> Path | None:
+        """The last resort, where output_dir has no room: the folder for temporary files."""
+        return self.save(Path(tempfile.mkdtemp(prefix="mm_grpo-")))
+
+    def resume(self) -> None:
+        """Bring the trainer to where `resume_from_checkpoint` left the run; where there is none, seed the global random
+        number generators, which environments may draw from.
+
+        Raises:
+            ValueError: there is no such checkpoint, a newer one, or a setting that matters is another.
+        """
+        name = self.config.resume_from_checkpoint
+        if self.trainer.policy.version:  # done already
+            return
+        if name:
+            clean_up(self.folder)
+        whole = checkpoints(self.folder)
+        folder = (whole[-1] if whole else None) if name == "true" else name and Path(name)
+        if folder is None:
+            set_seed(self.config.seed)
+            return
+        saved = read_state(folder)
+        if saved is None or folder.resolve().parent != self.folder.resolve():
+            raise ValueError(f"resume_from_checkpoint={name!r}: no checkpoint of output_dir={str(self.folder)!r}")
+        if newer := [path.name for path in whole if step_of(path) > saved["step"]]:
+            raise ValueError(f"resume_from_checkpoint={name!r}: there are newer ones, {newer}; resume from the last")
+        now = self.facts()
+        if changed := changed_settings(saved["settings"], now["settings"], FREE):
+            raise ValueError(
+                f"resume_from_checkpoint={name!r}: not the run's settings: {'; '.join(changed)} (a new run from its "
+                f"weights: --model {folder})"
+            )
+        if saved["versions"] != now["versions"]:
+            warnings.warn(f"resumed with other versions: {changed_settings(saved['versions'], now['versions'])}")
+        self.load(folder, saved["random_states"])
+        self.trainer.policy.version = self.trainer.server.updates = saved["step"]
+
+    def load(self, folder: Path, randomness: dict[str, Any]) -> None:
+        """Weights, optimizer and random states of a checkpoint."""
+        model, optimizer = self.trainer.model, self.trainer.optimizer
+        if hasattr(model, "save_pretrained"):
+            weights = type(model).from_pretrained(folder, dtype=next(model.parameters()).dtype).state_dict()
+        else:
+            weights = torch.load(folder / "model.pt", weights_only=True)
+        model.load_state_dict(weights)
+        states: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in load_file(folder / "optimizer.state").items():
+            number, _, field = name.partition(".")
+            states.setdefault(int(number), {})[field] = tensor
+        optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
+        number, words, gauss = randomness["python"]
+        random.setstate((number, tuple(words), gauss))
+        np.random.set_state(tuple(randomness["numpy"]))
+        here, *devices = (torch.tensor(state, dtype=torch.uint8) for state in randomness["torch"])
+        torch.set_rng_state(here)
+        torch.cuda.set_rng_state_all(devices[: torch.cuda.device_count()])
+
+
+def read_state(folder: Path) -> dict[str, Any] | None:
+    """The trainer_state.json of a checkpoint; None where there is none."""
+    try:
+        return json.loads((folder / STATE).read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("checkpoint-"))
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The whole checkpoints of a run, `checkpoint-N`, by N."""
+    named = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
+    return sorted((path for path in named if read_state(path) is not None), key=step_of)
+
+
+def delete_checkpoint(folder: Path) -> None:
+    """Delete what was written there, and nothing else that lies beside it."""
+    state, doomed = folder / STATE, folder / DOOMED
+    if state.exists():
+        state.rename(doomed)  # first of all: half a checkpoint is none
+    files = [*json.loads(doomed.read_text())["files"], DOOMED]
+    for name in files:
+        (folder / name).unlink(missing_ok=True)
+    for path in sorted({(folder / name).parent for name in files} | {folder}, reverse=True):
+        with suppress(OSError):  # something is left in it
+            path.rmdir()
+
+
+def clean_up(folder: Path) -> None:
+    """Finish what a run that was killed had begun: half-written and half-deleted checkpoints."""
+    for path in folder.glob(f".checkpoint-*.{UNFINISHED}"):
+        shutil.rmtree(path, ignore_errors=True)
+    for path in folder.glob(f"checkpoint-*/{DOOMED}"):
+        delete_checkpoint(path.parent)
+
+
+def changed_settings(before: dict[str, Any], now: dict[str, Any], free: tuple[str, ...] = ()) -> list[str]:
+    """What differs between the settings of a checkpoint and those of now, `name: old -> new`, but for the free ones."""
+    names = [name for name in now if name not in free and before.get(name, now[name]) != now[name]]
+    return [f"{name}: {before[name]!r} -> {now[name]!r}" for name in names]
 
 
 @cache

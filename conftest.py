@@ -4,8 +4,13 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may reach for a hub
 
+import json
 import random
+import subprocess
+import sys
+import time
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
@@ -189,3 +194,67 @@ def message(*parts) -> list[dict]:
     """The messages of a chat that starts: one of the user, of these parts; a string is text."""
     content = [{"type": "text", "text": part} if isinstance(part, str) else part for part in parts]
     return [{"role": "user", "content": content}]
+
+
+# Command lines in processes that start at once: one has imported everything, and forks a child for each run
+ZYGOTE = f"""
+import os, sys, json
+sys.path[:0] = [{str(Path(__file__).parent)!r}, os.environ["RUN_ENVS"]]
+import torch, verifiers, datasets, matplotlib.figure, adapters, mm_grpo, tiny_vlm, shapes_env
+torch.set_num_threads(1)
+print("ready", flush=True)
+for line in sys.stdin:
+    pid = os.fork()
+    if pid == 0:
+        log = os.open(os.environ["RUN_LOG"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(log, 1), os.dup2(log, 2), os.setsid()
+        try:
+            mm_grpo.main(json.loads(line))
+            os._exit(0)
+        except SystemExit as end:
+            os._exit(end.code if isinstance(end.code, int) else 1)
+        except BaseException:
+            import traceback
+            traceback.print_exc()
+            os._exit(77)
+    print(pid, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+"""
+
+
+class Runs:
+    """Command lines in processes that start within a second."""
+
+    def __init__(self, log: Path):
+        self.log = log
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "RUN_LOG": str(log), "RUN_ENVS": str(log.parent)}
+        pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.zygote = subprocess.Popen([sys.executable, "-c", ZYGOTE], env=environment, **pipes)
+        assert self.zygote.stdout.readline() == "ready\n"
+
+    def start(self, *arguments: str) -> int:
+        """The process id."""
+        self.zygote.stdin.write(json.dumps(arguments) + "\n")
+        self.zygote.stdin.flush()
+        return int(self.zygote.stdout.readline())
+
+    def end(self) -> int:
+        """Its exit code; -9 where it was killed."""
+        return int(self.zygote.stdout.readline())
+
+    def said(self) -> str:
+        return self.log.read_text()
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory):
+    started = Runs(tmp_path_factory.mktemp("runs") / "log")
+    yield started
+    started.zygote.kill()
+
+
+def wait_for(there, seconds: float = 60.0) -> None:
+    until = time.monotonic() + seconds
+    while not there():
+        assert time.monotonic() < until
+        time.sleep(0.001)

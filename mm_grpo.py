@@ -35,7 +35,6 @@ import contextlib
 import copy
 import functools
 import math
-import time
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -47,14 +46,17 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from checkpoint import save_checkpoint
-from checks import check_setting, check_types, expect, expect_media, expect_shape, json_object
+from checkpoint import RunState, save_checkpoint
+from checks import check_setting, check_types, expect_batch, json_object
+from command_line import one_line_errors, parse_arguments
+from faults import RunStopped, after_pauses, deferred_signals, halving, stop_where_skipped
 from local_server import LocalServer
 from media import select_spans, take_spans
 from output_head import head_is_last, in_chunks
 from report import Clock, RunLog, quiet_libraries, reward_metrics, rollout_metrics, zero_spread_fraction
 from rollouts import PLACEHOLDER_BIAS, Rollouts, RolloutsAhead, Server
-from shared_prefix import SharedPrompts, micro_batches, score_shared, shared_fraction
+from rows import NoRollouts
+from shared_prefix import MicroBatch, SharedPrompts, micro_batches, score_shared, shared_fraction
 from vllm_server import VLLMServer
 
 if TYPE_CHECKING:
@@ -298,24 +300,7 @@ class MultimodalBatch:
     is_truncated: Tensor | None = None  # (B,) bool, rows that were cut off at a limit; None: not known
 
     def __post_init__(self) -> None:
-        ids = self.input_ids
-        expect_shape("input_ids", ids, "B", "L")
-        expect("input_ids", not (ids.is_floating_point() or ids.dtype == torch.bool), "token ids (long)", ids.dtype)
-        B, L = ids.shape
-        for name in TOKEN_FIELDS:
-            expect_shape(name, getattr(self, name), B, L)
-        for name in ROW_FIELDS:
-            if getattr(self, name) is not None or name == "rewards":
-                expect_shape(name, getattr(self, name), B)
-        trained = self.loss_mask != 0
-        expect("loss_mask", not (trained & (self.attention_mask == 0)).any(), "0 on padding", "1 on a padded token")
-        expect("loss_mask", not trained[:, :1].any(), "0 at position 0, which nothing predicts", "1 there")
-        expect("rewards", torch.isfinite(self.rewards).all(), "finite values", self.rewards.tolist())
-        reported = torch.isfinite(self.behavior_logprobs[trained])
-        expect("behavior_logprobs", reported.all(), "finite values on trained tokens", "inf or NaN")
-        for name in {"input_ids", "attention_mask", "pixel_values"} & self.extra_model_kwargs.keys():
-            expect(f"extra_model_kwargs[{name!r}]", False, f"to be given as {name}", "a second one")
-        expect_media(self.media, self.media_spans, B)
+        expect_batch(self, TOKEN_FIELDS, ROW_FIELDS)
 
     @property
     def media(self) -> dict[str, Tensor]:
@@ -414,7 +399,11 @@ def option(default: Any, help: str) -> Any:
 class MultimodalRLConfig:
     """Every setting of a run. Flat; parsed from the command line; impossible values are refused when it is made."""
 
-    output_dir: str = option("outputs", "folder for checkpoint, metrics and curves; must not hold an earlier run")
+    output_dir: str = option("outputs", "folder for checkpoints, metrics and curves; must not hold an earlier run")
+    resume_from_checkpoint: str | None = option(None, "go on from this folder; true: from the newest in output_dir")
+    save_steps: AtLeast0 = option(100, "steps between checkpoints; 0: only where the run ends")
+    save_total_limit: AtLeast0 = option(3, "keep the newest so many checkpoints; 0: all")
+    eval_steps: AtLeast0 = option(0, "steps between evaluations during training; 0: none")
     learning_rate: Positive = option(1e-6, "AdamW's learning rate (constant)")
     weight_decay: NotNegative = option(0.0, "AdamW's weight decay")
     max_steps: AtLeast0 = option(500, "steps: one collects rollouts_per_step rollouts and trains on them")
@@ -423,17 +412,24 @@ class MultimodalRLConfig:
     updates_per_batch: AtLeast1 = option(1, "optimizer steps on each batch; above 1 off-policy, the clip matters")
     micro_batch_size: AtLeast1 = option(8, "rows a forward pass; changes memory and speed, not the gradient")
     share_prefix: bool = option(True, "run each distinct prompt of a micro-batch once; same numbers, less work")
-    temperature: Positive = option(1.0, "sampling temperature; logprobs use it too")
+    temperature: Annotated[float, Field(ge=1e-6, allow_inf_nan=False)] = option(
+        1.0, "sampling temperature; logprobs use it too"
+    )
     max_tokens: AtLeast1 = option(512, "longest completion of one turn, in tokens")
-    max_concurrent: AtLeast1 = option(512, "rollouts in flight at once, at least rollouts_per_example")
+    max_concurrent: AtLeast1 = option(512, "rollouts in flight at once on a vLLM server")
+    rollout_timeout: Positive = option(3600.0, "seconds until a rollout, its reward included, is given up")
     generation_timeout: Positive = option(600.0, "seconds until a request for a completion to a vLLM server fails")
     env_id: str = option("shapes-env", "verifiers environment: any installed one")
     env_args: dict | str | None = option(None, "its arguments, as JSON")  # a dict in Python
     processor_kwargs: dict | str | None = option(None, 'for the processor, as JSON: {"max_pixels": 401408}')
+    max_image_pixels: AtLeast1 = option(16_000_000, "of a picture or a video's frames together; more are refused")
+    allowed_local_media_path: str | None = option(None, "folder below which file:// pictures are read; unset: none")
+    allowed_media_domains: str | None = option(None, "hosts of http(s):// pictures, separated by commas; unset: none")
     primary_reward_key: str = option("reward", "what is trained: 'reward' (the rubric's sum) or one of its metrics")
     eval_examples: AtLeast0 = option(256, "examples of the greedy evaluation before and after training; 0: none")
     vllm_server_host: str | None = option(None, "host of a vLLM server for the rollouts; unset: in this process")
     vllm_server_port: Annotated[int, Field(gt=0, lt=65536)] = option(8000, "its port")
+    vllm_api_key: str | None = option(None, "its --api-key")
     vllm_server_timeout: Positive = option(240.0, "seconds to wait for it, and for each part of a weight update")
     sync_to_vllm_every: AtLeast0 = option(1, "steps between weight updates of the vLLM server; 0: never")
     weight_sync_dir: str | None = option(None, "folder for weight updates, seen by both; unset: output_dir/weights")
@@ -449,18 +445,17 @@ class MultimodalRLConfig:
     max_grad_norm: Positive = option(1.0, "gradients are scaled down to this norm")
     mismatch_threshold: Positive | None = option(None, "of logprob_difference; unset: 1e-3 in float32, else 0.1")
     on_mismatch: Literal["warn", "error"] = option("warn", "where it is exceeded on-policy: warn, or stop the run")
+    on_control_tokens: Literal["warn", "error"] = option("warn", "where text became control tokens on the server")
     bf16: bool = option(False, "forward passes in bfloat16 autocast; weights and optimizer stay as they are")
-    seed: int = option(0, "seeds prompt order, local sampling and the demonstration's weights")
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = option(0, "of prompt order, local sampling, the demo's weights")
     log_every_steps: AtLeast1 = option(1, "steps between lines of metrics.jsonl")
 
     def __post_init__(self) -> None:
         check_types(self)
         self.env_args, self.processor_kwargs = json_object(self, "env_args"), json_object(self, "processor_kwargs")
-        of_group = f"rollouts_per_example={self.rollouts_per_example}"
-        whole = self.rollouts_per_step % self.rollouts_per_example == 0
-        check_setting(self, "rollouts_per_step", whole, f"must be a multiple of {of_group}")
-        together = self.max_concurrent >= self.rollouts_per_example
-        check_setting(self, "max_concurrent", together, f"must be at least {of_group}: a group starts together")
+        G = self.rollouts_per_example
+        rule = f"must be a multiple of rollouts_per_example={G}"
+        check_setting(self, "rollouts_per_step", self.rollouts_per_step % G == 0, rule)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -533,8 +528,7 @@ class MultimodalGRPOTrainer:
     Args:
         model: the policy, on its device; a Transformers model, or any module that `score` can call. It is put into
             eval mode: no dropout, on either side of the ratio.
-        tokenizer: saved with the checkpoint.
-        adapter: of the model's family.
+        tokenizer, adapter: of its family; saved with each checkpoint.
         config: see MultimodalRLConfig.
         env: a verifiers environment; or call `set_environment`.
         server: where completions come from; None: a LocalServer in this process, or the vLLM server that config names.
@@ -554,6 +548,7 @@ class MultimodalGRPOTrainer:
             kind = LocalServer if config.vllm_server_host is None else VLLMServer
             server = kind.from_config(model, adapter, config)
         self.server = server
+        self.micro_batch_size, self.skipped = config.micro_batch_size, 0  # as memory allows; skipped updates in a row
         self.clock = Clock()
         kind = RolloutsAhead if config.async_rollouts else Rollouts
         self.rollouts = kind(self.policy, adapter, server, config, self.clock, env)
@@ -569,11 +564,12 @@ class MultimodalGRPOTrainer:
         self.clock.restart()
         outputs = self.rollouts.collect()
         lag = self.rollouts.lag
-        with self.clock("update"):
-            batch = self.adapter.build_batch(outputs)
-            metrics = self.update(batch, on_policy=lag == 0)
-        self.policy.version += 1
-        self.rollouts.sync_when_due()
+        with deferred_signals():  # a step is trained whole or not at all
+            with self.clock("update"):
+                batch = self.adapter.build_batch(outputs)
+                metrics = self.update(batch, on_policy=lag == 0)
+            self.policy.version += 1
+            self.rollouts.sync_when_due()
         metrics = {"step": self.policy.version, **rollout_metrics(outputs, batch), **metrics, "lag": lag}
         return {**metrics, **self.clock.metrics()}
 
@@ -591,41 +587,54 @@ class MultimodalGRPOTrainer:
         if config.mask_truncated_completions:
             batch = without_truncated(batch)
         weights = token_weights(batch.loss_mask[:, 1:], config.loss_type, config.max_tokens)  # (B, T)
-        parts = micro_batches(self.policy, batch, (weights > 0).any(-1), config)
-        parts = [part.to(self.device) for part in parts]
         whole = {  # what the loss is made of; a micro-batch takes its rows
             "behavior_logprobs": batch.behavior_logprobs[:, 1:].to(self.device),  # (B, T)
             "advantages": row_advantages(batch, config.scale_rewards).to(self.device),  # (B,)
             "weights": weights.to(self.device),
         }
-        logprobs, entropies = torch.zeros_like(whole["weights"]), torch.zeros_like(whole["weights"])  # (B, T)
-        if self.ref_policy is not None:
-            whole["ref_logprobs"] = torch.zeros_like(logprobs)
-            with torch.no_grad():
-                for part in parts:
-                    whole["ref_logprobs"][part.rows], _ = self.ref_policy(part.batch, part.shared)
+
+        @functools.lru_cache(maxsize=1)
+        def parts(size: int) -> list[MicroBatch]:
+            cut = micro_batches(self.policy, batch, (weights > 0).any(-1), config, size)
+            return [part.to(self.device) for part in cut]
+
         history = []  # the metrics of each update
         for i in range(config.updates_per_batch):
-            for part in parts:
-                new, entropies[part.rows] = self.policy(part.batch, part.shared)
-                loss, _ = self.loss(new, **{name: tensor[part.rows] for name, tensor in whole.items()})
-                loss.backward()
-                logprobs[part.rows] = new.detach()
+            (logprobs, entropies), self.micro_batch_size = halving(
+                lambda size: self.backward(parts(size), whole), self.micro_batch_size, self.optimizer.zero_grad
+            )
             loss, values = self.loss(logprobs, **whole)  # of the whole batch, for the metrics
             values |= {"loss": loss, "entropy": masked_mean(entropies, whole["weights"] > 0)}
             history.append(dict(zip(values, torch.stack(list(values.values())).tolist())))
             if i == 0 and on_policy:
-                self.check_on_policy(history[0]["logprob_difference"])
+                self.rollouts.check_on_policy(history[0]["logprob_difference"], self.optimizer.zero_grad)
             history[-1]["grad_norm"] = self.optimizer_step()
+            stop_where_skipped(self.skipped, vars(batch), config.output_dir)
         drifted = history[-1] if len(history) > 1 else {}  # the first update is on-policy, later ones are not
         return {
             **history[0],
             **{f"last_update/{name}": value for name, value in drifted.items()},
+            "updates_skipped": sum(not math.isfinite(values["grad_norm"]) for values in history),
             "zero_spread_fraction": zero_spread_fraction(batch),
-            "shared_prefix_fraction": shared_fraction(parts),
+            "shared_prefix_fraction": shared_fraction(parts(self.micro_batch_size)),
             "trained_tokens": int((batch.loss_mask != 0).sum()),
             "learning_rate": config.learning_rate,
         }
+
+    def backward(self, parts: list[MicroBatch], whole: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Add up the gradients of the micro-batches: they are the whole batch's. Returns its (logprobs, entropies)."""
+        logprobs, entropies, reference = (torch.zeros_like(whole["weights"]) for _ in range(3))  # (B, T)
+        if self.ref_policy is not None and "ref_logprobs" not in whole:
+            with torch.no_grad():
+                for part in parts:
+                    reference[part.rows], _ = self.ref_policy(part.batch, part.shared)
+            whole["ref_logprobs"] = reference
+        for part in parts:
+            new, entropies[part.rows] = self.policy(part.batch, part.shared)
+            loss, _ = self.loss(new, **{name: tensor[part.rows] for name, tensor in whole.items()})
+            loss.backward()
+            logprobs[part.rows] = new.detach()
+        return logprobs, entropies
 
     def loss(self, logprobs: Tensor, **of_batch: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """`grpo_loss` with this run's settings, which have the same names."""
@@ -635,41 +644,50 @@ class MultimodalGRPOTrainer:
     def optimizer_step(self) -> float:
         """Clip the gradient, step, forget it; one that is not finite changes nothing. Returns its norm."""
         grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm).item()
-        if math.isfinite(grad_norm):
+        self.skipped = 0 if math.isfinite(grad_norm) else self.skipped + 1
+        if self.skipped == 0:
             self.optimizer.step()
         else:
             warnings.warn(f"grad_norm={grad_norm}: this update is skipped, the weights stay as they are")
         self.optimizer.zero_grad(set_to_none=True)
         return grad_norm
 
-    def check_on_policy(self, difference: float) -> None:
-        """The logprobs of the current policy's rollouts must be the trainer's own, but for the forwards' precision."""
-        message = self.rollouts.mismatch_message(difference)
-        if message and self.config.on_mismatch == "error":
-            self.optimizer.zero_grad(set_to_none=True)  # nothing remains of this update
-            raise RuntimeError(message)
-        if message:
-            warnings.warn(message)
-
     def evaluate(self) -> dict[str, float]:
         """Greedy rollouts of the first `eval_examples` evaluation examples: mean reward, mean of each metric."""
         return reward_metrics(self.rollouts.evaluate()) if self.config.eval_examples else {}
 
-    def train(self) -> dict[str, float]:
-        """Run `max_steps` steps; log, evaluate before and after, save the checkpoint. Returns the last evaluation."""
-        log = RunLog(self.config)
-        log.evaluation("before training", self.evaluate())
-        try:
-            with log:
-                for _ in range(self.config.max_steps):
-                    log.step(self.step())
-        finally:  # an interrupted run keeps what it has learned
-            self.rollouts.stop()
-            self.save_checkpoint(log.checkpoint)
-        final = self.evaluate()
-        log.evaluation("after training", final)
-        log.finish(self.rollouts.rubric)
+    def train(self, log: RunLog | None = None) -> dict[str, float]:
+        """Run up to step `max_steps`; log, evaluate before and after, save. Returns the last evaluation.
+
+        RunStopped, NoRollouts (a fault that does not pass) and a signal end it early, with a checkpoint all the same.
+        """
+        config, state = self.config, RunState(self)
+        with deferred_signals(announce=True) as came, log or RunLog(config) as log:
+            self.prepare()
+            log.start(step=self.policy.version)
+            if self.policy.version == 0:
+                log.evaluation("before training", self.evaluate())
+            try:
+                while self.policy.version < config.max_steps and not came:
+                    metrics = after_pauses(self.step, NoRollouts, came)
+                    if config.eval_steps and self.policy.version % config.eval_steps == 0:
+                        metrics |= {f"eval/{name}": value for name, value in self.evaluate().items()}
+                    log.step(metrics)
+                    if config.save_steps and self.policy.version % config.save_steps == 0:
+                        state.save()
+            finally:  # whatever ends a run, it keeps what it has learned
+                self.rollouts.stop()
+                saved = state.save()
+            log.end_where_interrupted(came, saved)
+            final = self.evaluate()
+            log.evaluation("after training", final)
+            log.finish(self.rollouts.rubric, saved or state.save() or state.save_elsewhere())
         return final
+
+    def prepare(self) -> None:
+        """Before training: look at the environment, seed what draws from global generators, or resume."""
+        self.rollouts.check()
+        RunState(self).resume()
 
     def save_checkpoint(self, folder: str | Path) -> None:
         """Weights, tokenizer and what the adapter adds, as `from_pretrained` and vLLM read them."""
@@ -707,41 +725,23 @@ DEMO = {"learning_rate": 5e-4, "max_steps": 400, "rollouts_per_example": 4, "upd
 DEMO |= {"micro_batch_size": 128, "scale_rewards": "batch", "beta": 0.1}
 
 
-def parse_arguments(argv: Sequence[str] | None, families: Sequence[str]) -> tuple[MultimodalRLConfig, Any]:
-    """(config, --adapter, --model and --demo). --help and what cannot be understood end the program."""
-    from transformers import HfArgumentParser
-
-    parser = HfArgumentParser(MultimodalRLConfig, description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    parser.add_argument("--adapter", choices=sorted(families), default="auto", help="auto: by the model's processor")
-    parser.add_argument("--model", help="checkpoint, a name or a folder; unset: a tiny one of the --adapter's family")
-    parser.add_argument("--demo", action="store_true", help="settings for the tiny model, implied without --model")
-    parser.set_defaults(output_dir=time.strftime("runs/%Y%m%d-%H%M%S"))
-    known, _ = parser.parse_known_args(argv)  # no config yet: the rules hold for the settings of the run
-    if known.demo or known.model is None:
-        parser.set_defaults(**DEMO, demo=True)
-    try:
-        config, arguments = parser.parse_args_into_dataclasses(argv)
-    except ValueError as error:
-        parser.error(str(error))
-    return config, arguments
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     from adapters import ADAPTERS, load_model
 
-    config, arguments = parse_arguments(argv, families=ADAPTERS)
+    config, arguments = parse_arguments(MultimodalRLConfig, DEMO, __doc__, ADAPTERS, argv)
     quiet_libraries()
-    if arguments.demo:
-        settings = ", ".join(f"{name}={getattr(config, name)}" for name in DEMO)
-        print(f"settings of the demonstration (--help has the method's own): {settings}")
-    model, tokenizer, adapter = load_model(arguments.adapter, arguments.model, config.seed, config.processor_kwargs)
-    model = model.to("cuda" if torch.cuda.is_available() else "cpu")
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    print(f"{type(model).__name__}, {parameters / 1e6:.2f} M parameters, on {next(model.parameters()).device}")
-    with contextlib.closing(MultimodalGRPOTrainer(model, tokenizer, adapter, config)) as trainer:
-        print(f"rollouts {trainer.server}")
-        trainer.set_environment(config.env_id, **config.env_args)
-        trainer.train()
+    with contextlib.ExitStack() as stack:
+        with one_line_errors(Exception, code=2):  # the user's to mend, before anything is trained
+            log = stack.enter_context(RunLog(config))
+            model, tokenizer, adapter = load_model(arguments.adapter, arguments.model, config)
+            model = model.to("cuda" if torch.cuda.is_available() else "cpu")
+            trainer = MultimodalGRPOTrainer(model, tokenizer, adapter, config)
+            stack.enter_context(contextlib.closing(trainer))
+            log.describe(trainer, DEMO if arguments.demo else ())
+            trainer.set_environment(config.env_id, **config.env_args)
+            trainer.prepare()
+        with one_line_errors(RunStopped, NoRollouts, TimeoutError, code=1):
+            trainer.train(log)
 
 
 if __name__ == "__main__":

@@ -2,48 +2,67 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import logging
 import math
+import os
+import signal
 import time
-from collections.abc import Iterator
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Any
 
 import torch
+
+from checkpoint import changed_settings, read_state, settings_of
+from checks import fault_of
+from command_line import Screen, say
+from faults import end_by
 
 if TYPE_CHECKING:
     from verifiers.types import GenerateOutputs
 
-    from mm_grpo import MultimodalBatch, MultimodalRLConfig
+    from mm_grpo import MultimodalBatch, MultimodalGRPOTrainer, MultimodalRLConfig
+
+
+OF_A_SERVER = ("max_concurrent", "generation_timeout", "sync_to_vllm_every", "weight_sync_dir", "vllm_api_key")
+OF_A_SERVER += ("vllm_server_port", "vllm_server_timeout")  # settings without effect where there is none
+HIDDEN = {"eval/reward_std", "eval/num_turns", "eval/failed"}  # from the curves
+SAME_REWARD = 20  # steps without a group whose rewards differ, until it is said
 
 
 def reward_metrics(outputs: GenerateOutputs) -> dict[str, float]:
-    """Mean and spread of the reward and mean of each metric of the rubric, over the rollouts that came back whole."""
-    rollouts = [
-        rollout
-        for rollout in outputs["outputs"]
-        if not rollout.get("error") and rollout["trajectory"] and math.isfinite(rollout["reward"] or 0.0)
-    ]
+    """Mean and spread of the reward and mean of each metric of the rubric, over the rollouts that came back whole and
+    were not left out; where others were not, `failed` is their number."""
+    rollouts = [rollout for rollout in outputs["outputs"] if not fault_of(rollout)]
+    failed = len(outputs["outputs"]) - len(rollouts)
+    counted = {"failed": failed} if failed else {}
     if not rollouts:
-        return {"reward": math.nan, "reward_std": math.nan}
-    rewards = torch.tensor([rollout["reward"] for rollout in rollouts], dtype=torch.float64)
-    names = sorted({name for rollout in rollouts for name in rollout["metrics"] or {}})
-    means = {name: sum(rollout["metrics"].get(name, 0.0) for rollout in rollouts) / len(rollouts) for name in names}
-    return {"reward": rewards.mean().item(), "reward_std": rewards.std(correction=0).item(), **means}
+        return {"reward": math.nan, "reward_std": math.nan, **counted}
+    rewards = torch.tensor([float(rollout["reward"]) for rollout in rollouts], dtype=torch.float64)
+    metrics = [rollout.get("metrics") or {} for rollout in rollouts]
+    names = sorted({name for of_rollout in metrics for name in of_rollout})
+    means = {name: sum(of_rollout.get(name, 0.0) for of_rollout in metrics) / len(rollouts) for name in names}
+    return {"reward": rewards.mean().item(), "reward_std": rewards.std(correction=0).item(), **means, **counted}
 
 
 def rollout_metrics(outputs: GenerateOutputs, batch: MultimodalBatch) -> dict[str, float]:
     """What can be said of a step's rollouts before the update."""
     kept = len(batch) if batch.rollout_ids is None else len(batch.rollout_ids.unique())
     rollouts = outputs["outputs"]
+    causes = Counter(f"dropped/{fault[0]}" for rollout in rollouts if (fault := fault_of(rollout)))
     return {
-        **reward_metrics(outputs),
+        **reward_metrics({"outputs": [rollout for rollout in rollouts if not fault_of(rollout)]}),
         "completion_tokens": (batch.loss_mask != 0).sum(-1).float().mean().item(),
-        "truncated_fraction": sum(bool(rollout["is_truncated"]) for rollout in rollouts) / len(rollouts),
+        "truncated_fraction": sum(bool(rollout.get("is_truncated")) for rollout in rollouts) / len(rollouts),
         "rollouts_dropped": len(rollouts) - kept,
+        **causes,
     }
 
 
@@ -78,56 +97,161 @@ class Clock:
 
 
 class RunLog:
-    """A run on the disk and on the screen: config.json, metrics.jsonl, curves.png, a progress bar.
+    """A run on the disk and on the screen: its folder, config.json, metrics.jsonl, curves.png, a progress bar.
+
+    When it is made, before anything is loaded, the folder is made, tried and locked: no other run can write there, and
+    what lies in it already stays. A disk that fills up later does not end the run: what could not be written is kept,
+    and tried again with the next step.
 
     Raises:
-        FileExistsError: output_dir holds an earlier run.
+        FileExistsError: output_dir holds an earlier run that is not resumed.
+        OSError: it cannot be written to, or another run is writing there.
     """
 
     def __init__(self, config: MultimodalRLConfig):
         self.config, self.folder = config, Path(config.output_dir)
-        self.metrics, self.checkpoint = self.folder / "metrics.jsonl", self.folder / "checkpoint"
-        if self.metrics.exists():
-            raise FileExistsError(
-                f"output_dir={config.output_dir!r}: holds an earlier run ({self.metrics.name}); name another folder"
-            )
-        self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
+        self.metrics = self.folder / "metrics.jsonl"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.lock = lock_folder(self.folder)
+            earlier = self.metrics.exists() and self.metrics.stat().st_size or any(self.folder.glob("checkpoint-*"))
+            if config.resume_from_checkpoint and not (self.folder / "config.json").exists():
+                raise FileExistsError(f"output_dir={config.output_dir!r}: holds no run that could be resumed")
+            if earlier and not config.resume_from_checkpoint:
+                ways = "name another folder, or go on with --resume_from_checkpoint true"
+                raise FileExistsError(f"output_dir={config.output_dir!r}: holds an earlier run; {ways}")
+            (self.folder / "config.json").write_text(json.dumps(settings_of(config), indent=2) + "\n")
+        except OSError as error:
+            if error.errno is None:  # our own
+                raise
+            raise OSError(f"output_dir={config.output_dir!r}: cannot be written to ({error}); name another") from None
+        self.unwritten: list[str] = []  # lines of metrics.jsonl
+        self.same_reward = 0  # steps in a row in which no group's rewards differed
+
+    def describe(self, trainer: MultimodalGRPOTrainer, demo: Iterable[str]) -> None:
+        """Print what is about to run: these settings of the demonstration, the model, the server."""
+        if demo:
+            settings = ", ".join(f"{name}={getattr(self.config, name)}" for name in demo)
+            say(f"settings of the demonstration (--help has the method's own): {settings}")
+        parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
+        say(f"{type(trainer.model).__name__}, {parameters / 1e6:.2f} M parameters, on {trainer.device}")
+        source = read_state(Path(getattr(trainer.model, "name_or_path", ""))) or {}
+        if changed := changed_settings(source.get("settings", {}), settings_of(self.config), ("output_dir",)):
+            say(f"settings that differ from the run that wrote {trainer.model.name_or_path}: {'; '.join(changed)}")
+        say(f"rollouts {trainer.server}")
+        defaults = {f.name: f.default for f in fields(self.config)}
+        idle = [name for name in OF_A_SERVER if getattr(self.config, name) != defaults[name]]
+        if idle and trainer.server.shares_weights:
+            say(f"without vllm_server_host there is nothing that {', '.join(idle)} would change")
 
     def evaluation(self, when: str, metrics: dict[str, float]) -> None:
         """Print an evaluation on one line, if there was one."""
-        names = [name for name in metrics if name not in ("reward_std", "num_turns")]
+        names = [name for name in metrics if name not in ("reward_std", "num_turns", "failed")]
         if names:
-            print(f"{when}: {', '.join(f'{name} {metrics[name]:.3f}' for name in names)}", flush=True)
+            failed = f" ({metrics['failed']} of its examples failed)" if metrics.get("failed") else ""
+            say(f"{when}: {', '.join(f'{name} {metrics[name]:.3f}' for name in names)}{failed}")
 
-    def __enter__(self) -> RunLog:
+    def start(self, step: int) -> None:
+        """Begin after this step: what metrics.jsonl holds of later ones, or of half a line, is made again."""
         from tqdm import tqdm
 
-        self.lines = self.metrics.open("w")
-        self.progress = tqdm(total=self.config.max_steps, desc="training", unit="step")
+        kept = [line for line in self.lines() if line["step"] <= step]
+        fresh = self.folder / ".metrics.jsonl"
+        fresh.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        fresh.replace(self.metrics)
+        self.size = self.metrics.stat().st_size  # of what is whole
+        bar = dict(desc="training", unit="step", file=Screen("stderr"))
+        self.progress = tqdm(total=self.config.max_steps, initial=step, **bar)
+
+    def lines(self) -> list[dict[str, Any]]:
+        """The steps of metrics.jsonl; half a line, where a run was killed, is none."""
+        found = []
+        for line in self.metrics.read_text().splitlines() if self.metrics.exists() else ():
+            with contextlib.suppress(json.JSONDecodeError):
+                found.append(json.loads(line))
+        return found
+
+    def __enter__(self) -> RunLog:
         return self
 
     def __exit__(self, *_) -> None:
-        self.progress.close()
-        self.lines.close()
+        if hasattr(self, "progress"):
+            self.progress.close()
+        self.lock.close()
 
     def step(self, metrics: dict[str, float]) -> None:
-        """Log a step's metrics."""
-        if metrics["step"] % self.config.log_every_steps == 0:
-            self.lines.write(json.dumps(metrics) + "\n")
-            self.lines.flush()
+        """Log a step's metrics. JSON has no NaN: what is not finite is null."""
+        if metrics["step"] % self.config.log_every_steps == 0 or any(name.startswith("eval/") for name in metrics):
+            finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+            self.unwritten.append(json.dumps(finite) + "\n")
+            self.write()
         said = [f"reward {metrics['reward']:.3f}", f"mismatch {metrics['mismatch_kl']:.0e}"]
         said += [f"KL {metrics['kl']:.3f}"] if "kl" in metrics else []
         seconds = sum(value for name, value in metrics.items() if name.startswith("seconds_"))
         self.progress.set_postfix_str(", ".join([*said, f"{seconds:.2f} s/step"]))
         self.progress.update()
+        self.same_reward = self.same_reward + 1 if metrics["zero_spread_fraction"] == 1 else 0
+        if self.same_reward == SAME_REWARD:
+            warnings.warn(
+                f"{SAME_REWARD} steps in which no group's rewards differed: they teach nothing; see the rubric"
+            )
 
-    def finish(self, rubric: list[str]) -> None:
+    def write(self) -> None:
+        """Append the lines that are not yet on the disk, all or none of them."""
+        data = "".join(self.unwritten).encode()
+        try:
+            with self.metrics.open("r+b", buffering=0) as file:
+                file.seek(self.size)
+                if file.write(data) < len(data):
+                    file.truncate(self.size)
+                    raise OSError("no space for the whole of it")
+            self.size, self.unwritten = self.size + len(data), []
+        except OSError as error:
+            warnings.warn(
+                f"{self.metrics}: {error}. {len(self.unwritten)} steps are kept and written when there is room"
+            )
+
+    def end_where_interrupted(self, came: list[int], checkpoint: Path | None) -> None:
+        """Where signals came: end the run as the first of them does, after one line."""
+        if not came:
+            return
+        number = came[0]
+        came.clear()  # it has been dealt with
+        where = f"; --resume_from_checkpoint {checkpoint} goes on" if checkpoint else ", without a checkpoint"
+        say(f"{signal.Signals(number).name}: stopped{where}")
+        end_by(number)
+
+    def finish(self, rubric: list[str], checkpoint: Path | None) -> None:
         """Draw the curves, those of the reward and of the rubric's metrics; say where everything is."""
-        where = f"checkpoint {self.checkpoint}, metrics {self.metrics}"
-        if self.metrics.stat().st_size:
-            where += f", curves {draw_curves(self.metrics, self.folder / 'curves.png', rubric)}"
-        print(where)
+        where = f"checkpoint {checkpoint}, metrics {self.metrics}"
+        if self.unwritten:
+            self.write()
+        try:
+            if self.metrics.stat().st_size:
+                where += f", curves {draw_curves(self.metrics, self.folder / 'curves.png', rubric)}"
+        except (OSError, ValueError) as error:  # a picture must not fail a run
+            warnings.warn(f"the curves could not be drawn: {error}")
+        say(where)
+
+
+def lock_folder(folder: Path) -> IO[str]:
+    """Lock it for this process; the file holds its number, and is let go of when it is closed or the process ends.
+
+    Raises:
+        BlockingIOError: another process has it.
+    """
+    file = (folder / "lock").open("a+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        raise BlockingIOError(f"output_dir={str(folder)!r}: process {file.read()} writes there; name another") from None
+    except OSError:  # a file system without locks
+        pass
+    file.truncate(0)
+    file.write(str(os.getpid()))
+    file.flush()
+    return file
 
 
 def draw_curves(log: str | Path, picture: str | Path, rubric: list[str]) -> Path:
@@ -142,17 +266,19 @@ def draw_curves(log: str | Path, picture: str | Path, rubric: list[str]) -> Path
     steps = [json.loads(line) for line in Path(log).read_text().splitlines()]
     panels = {
         "reward of the samples": ["reward"],
+        "greedy evaluation": sorted({name for step in steps for name in step if name.startswith("eval/")} - HIDDEN),
         "metrics of the samples": [name for name in rubric if name in steps[0] and name != "num_turns"],
         "KL to the initial policy": ["kl"],
         "KL to the sampling policy": ["mismatch_kl"],
         "entropy (nats)": ["entropy"],
     }
-    panels = {title: names for title, names in panels.items() if any(name in steps[0] for name in names)}
+    panels = {title: names for title, names in panels.items() if any(name in step for name in names for step in steps)}
     figure = Figure(figsize=(3 * len(panels), 2.4), dpi=110, layout="constrained")
     for i, (title, names) in enumerate(panels.items()):
         axes = figure.add_subplot(1, len(panels), i + 1)
         for name in names:
-            axes.plot([step["step"] for step in steps], [step.get(name) for step in steps], linewidth=1, label=name)
+            points = [(step["step"], step[name]) for step in steps if step.get(name) is not None]
+            axes.plot(*zip(*points), linewidth=1, marker="." if len(points) < 20 else "", label=name)
         axes.set(title=title, xlabel="step")
         axes.grid(alpha=0.3)
         if len(names) > 1:

@@ -2,15 +2,23 @@
 
 `Rollouts` is one step's collection after the other; `RolloutsAhead` wraps it so that a server of its own samples the
 next step's rollouts while this step trains. An environment is touched here alone, in three places: its training
-examples, its evaluation examples, `generate`.
+examples, its evaluation examples, `run_rollout` (`run_group` where its rubric compares a group's rollouts).
+
+A rollout that fails (an exception of the environment, a reward function that raises, a time limit) is marked and left
+out by the adapter; nothing that was a fault is trained on as a bad answer.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
+import threading
 import warnings
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+import weakref
+from collections.abc import Callable, Coroutine
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -27,6 +35,8 @@ if TYPE_CHECKING:
 
 PLACEHOLDER_BIAS = -100.0  # the strongest ban that logit_bias knows; exp(-100) is never sampled
 ATTEMPTS = 3  # a server that is lost so often in the same rollouts is not a passing fault
+TRIED_EXAMPLES = 8  # whose prompts are encoded before a run starts
+RESERVED = {"error", "metrics", "trajectory", "example_id", "is_truncated", "step"}  # verifiers lays metrics over them
 
 
 class Server(Protocol):
@@ -34,6 +44,7 @@ class Server(Protocol):
 
     client: Any  # openai.AsyncOpenAI, for /v1/chat/completions
     model_name: str  # to ask for
+    max_model_len: int  # tokens of a prompt and its completion together
     dtype: torch.dtype  # of its forward passes
     shares_weights: bool  # whether the model that samples is the very model that trains
 
@@ -73,6 +84,26 @@ class ChatClient(OpenAIChatCompletionsClient):
         return plain_messages(native), extra
 
 
+REWARD_FAULTS: ContextVar[list[str] | None] = ContextVar("reward_faults", default=None)  # of the rollout at hand
+
+
+class RewardFaults(logging.Handler):
+    """Notes reward functions that raise: verifiers logs their exception and goes on with a reward of 0."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        faults, said = REWARD_FAULTS.get(), record.getMessage()
+        if faults is not None and said.startswith(("Error calling reward function", "Error calling group reward")):
+            faults.append(said)
+
+
+logging.getLogger("verifiers").addHandler(RewardFaults(logging.ERROR))
+
+
+def run_loop(loop: asyncio.AbstractEventLoop) -> None:
+    loop.run_forever()
+    loop.close()
+
+
 class Rollouts:
     """Collects a step's rollouts, and keeps the server's weights as new as `sync_to_vllm_every` asks.
 
@@ -84,10 +115,12 @@ class Rollouts:
         clock: takes the time of "rollout" and "sync".
         env: a verifiers environment; may be set later.
 
+    The event loop has a thread of its own, so that all of this works where a loop runs already (Jupyter), and what
+    interrupts the wait for rollouts can call them off.
+
     Attributes:
         policy_version: of the policy that sampled the rollouts collected last.
         server_version: of the policy whose weights the server has; None: not known before the first weight update.
-        prompts_taken: prompts of the training set so far, over all epochs.
         rubric: names of the environment's own metrics, known from the first rollouts on.
     """
 
@@ -98,12 +131,15 @@ class Rollouts:
         server: Server,
         config: MultimodalRLConfig,
         clock: Clock,
-        env: vf.Environment | None = None,
+        env=None,
     ):
         self.policy, self.adapter, self.server = policy, adapter, server
         self.config, self.clock, self.env = config, clock, env
         self.loop = asyncio.new_event_loop()  # one for the run: the client is bound to the loop that it first ran in
-        self.prompts_taken = 0
+        self.thread = threading.Thread(target=run_loop, args=[self.loop], name="rollouts", daemon=True)
+        self.thread.start()
+        self.stop_loop = weakref.finalize(self, self.loop.call_soon_threadsafe, self.loop.stop)
+        self.greeted = False  # whether the client has made its first request
         self.rubric: list[str] = []
         self.policy_version = 0
         self.server_version = None if config.sync_to_vllm_every else 0  # without updates it is taken as it started
@@ -119,22 +155,60 @@ class Rollouts:
         """Steps that the policy of the rollouts collected last lies behind the one in training."""
         return 0 if self.server.shares_weights else self.policy.version - self.policy_version
 
+    def check(self) -> None:
+        """Look at the environment before a run starts.
+
+        Raises:
+            ValueError: no training examples, a reward function with a name that verifiers overwrites, prompts that the
+                adapter cannot encode, completions that the server has no room for.
+        """
+        import verifiers as vf
+
+        if not isinstance(self.environment, vf.Environment):
+            raise ValueError(f"env: expected a verifiers environment, got {type(self.environment).__name__}")
+        dataset = self.environment.get_dataset()
+        if not len(dataset):
+            raise ValueError("env: it has no training examples")
+        names, key = self.environment.rubric._get_reward_func_names(), self.config.primary_reward_key
+        if taken := RESERVED & set(names):
+            raise ValueError(f"env: reward functions named {sorted(taken)}: verifiers uses these names itself; rename")
+        if key not in ("reward", *names):
+            raise ValueError(f"primary_reward_key={key!r}: the environment reports 'reward' and {sorted(names)}")
+        if not hasattr(self.adapter, "encode_prompt"):
+            return
+        lengths, reasons = [], []
+        for row in dataset.select(range(min(TRIED_EXAMPLES, len(dataset)))).to_list():
+            try:
+                lengths.append(len(self.adapter.encode_prompt(row["prompt"]).ids))
+            except Exception as error:  # a row that is bad alone is left out when its turn comes
+                reasons.append(f"{type(error).__name__}: {error}")
+        if not lengths:
+            raise ValueError(f"env: none of the first {len(reasons)} prompts can be encoded. The first: {reasons[0]}")
+        context, wanted = self.server.max_model_len, self.config.max_tokens
+        if wanted > context - min(lengths):
+            left = f"leave room for {max(context - min(lengths), 0)} in the model's context of {context}"
+            raise ValueError(f"max_tokens={wanted}: prompts of {min(lengths)} tokens {left}")
+
     def collect(self) -> GenerateOutputs:
-        """Roll out the next prompts, G completions each; their rewards are those of `primary_reward_key`."""
+        """Roll out the step's prompts, G completions each; their rewards are those of `primary_reward_key`."""
         with self.clock("rollout"):
-            outputs = self.sample(self.next_examples(), self.config.temperature)
+            outputs = self.sample(self.examples(self.policy.version), self.config.temperature)
         self.policy_version = self.server_version
         return with_reward(outputs, self.config.primary_reward_key)
 
-    def mismatch_message(self, difference: float) -> str | None:
-        """What is wrong where the trainer's logprobs of on-policy rollouts are so far (mean |difference|) from the
-        server's; None: no more than the precision of two forwards."""
+    def check_on_policy(self, difference: float, undo: Callable[[], None]) -> None:
+        """The logprobs of the current policy's rollouts must be the trainer's own, but for the precision of the two
+        forwards: a warning, or with `on_mismatch` "error" RuntimeError, after `undo`.
+
+        Args:
+            difference: mean |trainer's - server's|, at the first update after the rollouts.
+        """
         threshold = self.config.mismatch_threshold
         if threshold is None:
             threshold = 1e-3 if self.server.dtype == torch.float32 and not self.config.bf16 else 0.1
         if difference <= threshold:
-            return None
-        return (
+            return
+        message = (
             f"step {self.policy.version + 1}: logprob_difference={difference:.3g} is above mismatch_threshold="
             f"{threshold:g} at the first update after a rollout: the server and the trainer disagree about the policy "
             "that sampled. Usual causes: images lost or resized differently on the way (vLLM: --mm-processor-kwargs), "
@@ -142,6 +216,10 @@ class Rollouts:
             "the temperature (vLLM: --logprobs-mode processed_logprobs), or it adds sampling settings of the "
             "checkpoint (vLLM: --generation-config vllm)."
         )
+        if self.config.on_mismatch == "error":
+            undo()
+            raise RuntimeError(message)
+        warnings.warn(message)
 
     def evaluate(self) -> GenerateOutputs:
         """Greedy rollouts of the first `eval_examples` evaluation examples, by the policy as it is now."""
@@ -150,15 +228,15 @@ class Rollouts:
         examples = self.environment.get_eval_dataset(n=self.config.eval_examples).to_list()
         return with_reward(self.sample(examples, temperature=0.0), self.config.primary_reward_key)
 
-    def next_examples(self) -> list[dict]:
-        """The dataset rows of a step, each of the next prompts G times.
+    def examples(self, step: int) -> list[dict]:
+        """The dataset rows of a step (the first one is 0), each of its prompts G times.
 
         The training set is walked in a seeded shuffle, anew in each epoch: every example once before any comes again.
         """
         dataset = self.environment.get_dataset()
         G, N = self.config.rollouts_per_example, len(dataset)
-        taken = range(self.prompts_taken, self.prompts_taken + self.config.rollouts_per_step // G)
-        self.prompts_taken = taken.stop
+        K = self.config.rollouts_per_step // G  # prompts a step
+        taken = range(step * K, step * K + K)
         order = {epoch: epoch_order(N, self.config.seed, epoch) for epoch in {i // N for i in taken}}
         return [example for i in taken for example in [dataset[order[i // N][i % N]]] * G]
 
@@ -179,32 +257,93 @@ class Rollouts:
 
     def generate(self, examples: list[dict], temperature: float) -> GenerateOutputs | None:
         """One attempt; None if the server was lost on the way, as what it samples after a restart is of old weights."""
-        # Every sampling parameter is sent: a server's defaults may differ
-        sampling = {
-            "temperature": temperature,
-            "max_tokens": self.config.max_tokens,
-            "top_p": 1.0,
-            "logprobs": True,
-            "extra_body": {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0, "return_token_ids": True},
-        }
+        return self.wait(self.start(self.roll_out(examples, temperature)))
+
+    async def roll_out(self, examples: list[dict], temperature: float) -> GenerateOutputs | None:
+        """Every rollout by itself, at most `max_concurrent` at once; all of them where the server is in this process,
+        which then samples the same whatever else the machine does."""
+        if not self.greeted:  # the client asks in a thread on what platform it runs, before its very first request:
+            with contextlib.suppress(Exception):  # that must not be one whose order counts
+                await self.server.client.models.list()
+            self.greeted = True
+        G = self.config.rollouts_per_example if temperature else 1  # of an evaluation: one each
+        size = G if self.environment.requires_group_rollouts else 1
+        room = len(examples) if self.server.shares_weights else max(1, self.config.max_concurrent // size)
+        limit, client, sampling = asyncio.Semaphore(room), ChatClient(self.server.client), self.sampling(temperature)
+        units = [
+            self.run_unit(examples[i : i + size], i // G, client, sampling, limit)
+            for i in range(0, len(examples), size)
+        ]
+        rollouts = [rollout for unit in await asyncio.gather(*units) for rollout in unit]
+        self.rubric = sorted({name for rollout in rollouts for name in rollout["metrics"] or {}})
+        return {"outputs": rollouts} if await asyncio.to_thread(self.server.up_to_date) else None
+
+    async def run_unit(self, rows: list[dict], group: int, client, sampling: dict, limit: asyncio.Semaphore) -> list:
+        """The outputs of one rollout, or of a group whose rubric compares its rollouts. One that fails has "dropped",
+        the word for its cause, and "error"; "group" is the number of the prompt in the step, whatever its id."""
+        REWARD_FAULTS.set(faults := [])
+        env, settings = self.environment, (client, self.server.model_name, sampling)
+        columns = ["trajectory", "reward"]  # the reward again: a metric of that name is laid over it
+        try:
+            async with limit, asyncio.timeout(self.config.rollout_timeout):
+                if env.requires_group_rollouts:
+                    outputs = await env.run_group(rows, *settings, state_columns=columns)
+                else:
+                    outputs = [await env.run_rollout(rows[0], *settings, state_columns=columns)]
+            fault = ("reward", faults[0]) if faults else None
+        except TimeoutError:
+            fault = "timeout", f"it took longer than rollout_timeout={self.config.rollout_timeout:g} s"
+        except Exception as error:  # the environment's own code may raise anything
+            fault = "environment", f"{type(error).__name__}: {error}"
+        if fault and fault[0] != "reward":
+            nothing = {"completion": None, "reward": None, "metrics": {}, "trajectory": [], "is_truncated": False}
+            outputs = [{"example_id": row.get("example_id"), "prompt": row.get("prompt"), **nothing} for row in rows]
+        for output in outputs:
+            output["group"] = group
+            if fault and not output.get("error"):
+                output |= {"dropped": fault[0], "error": {"error_chain_repr": fault[1]}}
+        return outputs
+
+    def sampling(self, temperature: float) -> dict:
+        """Every sampling parameter is sent, as a server's defaults may differ. What the environment sets otherwise is
+        overruled, with a warning: the ratio is of the distribution that the config describes."""
+        ours = {"temperature": temperature, "max_tokens": self.config.max_tokens, "top_p": 1.0, "logprobs": True}
+        ours["seed"] = None  # one seed for all would make a group's completions the same
         if len(self.adapter.placeholder_ids):
-            sampling["logit_bias"] = {str(i): PLACEHOLDER_BIAS for i in self.adapter.placeholder_ids}
-        groups = self.config.max_concurrent // self.config.rollouts_per_example  # generate counts groups, not rollouts
-        outputs = self.loop.run_until_complete(
-            self.environment.generate(
-                examples,
-                client=ChatClient(self.server.client),
-                model=self.server.model_name,
-                sampling_args=sampling,
-                max_concurrent=groups,
-                state_columns=["trajectory"],
-                on_start=lambda *_: None,
-                on_progress=lambda *_: None,
-                on_log=lambda *_: None,
-            )
-        )
-        self.rubric = sorted({name for rollout in outputs["outputs"] for name in rollout["metrics"] or {}})
-        return outputs if self.server.up_to_date() else None
+            ours["logit_bias"] = {str(i): PLACEHOLDER_BIAS for i in self.adapter.placeholder_ids}
+        extra = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0, "return_token_ids": True}
+        theirs = self.environment.sampling_args or {}
+        named = {**theirs, **(theirs.get("extra_body") or {})}
+        if changed := [name for name, value in {**ours, **extra}.items() if named.get(name, value) != value]:
+            warnings.warn(f"env: its sampling_args {sorted(changed)} are overruled by the run's settings")
+        return {**theirs, **ours, "extra_body": {**(theirs.get("extra_body") or {}), **extra}}
+
+    # -- the event loop, in its thread
+
+    def start(self, coroutine: Coroutine) -> Future:
+        return asyncio.run_coroutine_threadsafe(coroutine, self.loop)
+
+    def wait(self, future: Future) -> Any:
+        """Its result. What interrupts the wait calls the work off first, so that nothing of it goes on unseen."""
+        limit = self.config.rollout_timeout
+        try:
+            while not wait([future], timeout=limit).done:
+                if not wait([self.start(asyncio.sleep(0)), future], timeout=limit, return_when=FIRST_COMPLETED).done:
+                    awaited = "what waits must be awaited (asyncio.to_thread)"
+                    raise RuntimeError(f"env: it has blocked the event loop for rollout_timeout={limit:g} s; {awaited}")
+            return future.result()
+        except BaseException:
+            if not future.done():
+                self.call_off(future)
+            raise
+
+    def call_off(self, future: Future) -> None:
+        async def others_end() -> None:
+            if tasks := asyncio.all_tasks() - {asyncio.current_task()}:
+                await asyncio.wait(tasks)
+
+        future.cancel()
+        wait([self.start(others_end())], timeout=10)
 
     def sync(self) -> None:
         """Give the server the policy as it is now."""
@@ -224,9 +363,10 @@ class Rollouts:
     def close(self) -> None:
         """Let go of the server, its client and the event loop."""
         self.stop()
-        if not (self.loop.is_closed() or self.loop.is_running()):
-            self.loop.run_until_complete(self.server.client.close())
-            self.loop.close()
+        if self.stop_loop.alive:
+            wait([self.start(self.server.client.close())], timeout=10)
+            self.stop_loop()
+            self.thread.join(timeout=10)
         self.server.close()
 
 
@@ -243,45 +383,48 @@ class RolloutsAhead(Rollouts):
                 "async_rollouts=True: needs vllm_server_host; in this process the model that samples is the one that "
                 "is being changed"
             )
-        self.background = ThreadPoolExecutor(max_workers=1)
-        self.running: tuple[list[dict], int, Future] | None = None  # examples, version of their policy, outputs
+        self.running: tuple[int, list[dict], int, Future] | None = (
+            None  # step, examples, their policy's version, outputs
+        )
 
     def collect(self) -> GenerateOutputs:
+        if self.running is not None and self.running[0] != self.policy.version:  # a step is tried again
+            self.stop()
         if self.running is None:
             outputs = super().collect()
         else:
-            (examples, version, future), self.running = self.running, None
+            (_, examples, version, future), self.running = self.running, None
             with self.clock("rollout"):
-                outputs = future.result()
+                outputs = self.wait(future)
                 if outputs is None:  # the server was lost under it
                     outputs, version = self.sample(examples, self.config.temperature), self.server_version
             self.policy_version = version
             outputs = with_reward(outputs, self.config.primary_reward_key)
         updated = self.server_version > 0 or not self.config.sync_to_vllm_every
         if updated and self.policy.version + 1 < self.config.max_steps:
-            examples = self.next_examples()
-            future = self.background.submit(self.generate, examples, self.config.temperature)
-            self.running = examples, self.server_version, future
+            step, examples = self.policy.version + 1, self.examples(self.policy.version + 1)
+            future = self.start(self.roll_out(examples, self.config.temperature))
+            self.running = step, examples, self.server_version, future
         return outputs
 
+    def sync(self) -> None:
+        self.finish_rollouts()
+        super().sync()
+
     def sync_when_due(self) -> None:
-        if self.running is not None:  # finish rollouts first: a sync in between would mix two policies
-            with self.clock("rollout"):
-                wait([self.running[-1]])
+        with self.clock("rollout"):
+            self.finish_rollouts()
         super().sync_when_due()
+
+    def finish_rollouts(self) -> None:
+        """Wait for them: a weight update in between would mix two policies."""
+        if self.running is not None:
+            wait([self.running[-1]])
 
     def stop(self) -> None:
         if self.running is not None:
-            self.loop.call_soon_threadsafe(lambda: [task.cancel() for task in asyncio.all_tasks(self.loop)])
-            wait([self.running[-1]], timeout=10)
+            self.call_off(self.running[-1])
             self.running = None
-            if not self.loop.is_running():  # they had ended by themselves: nothing else may be called off later
-                with contextlib.suppress(asyncio.CancelledError):
-                    self.loop.run_until_complete(asyncio.sleep(0))
-
-    def close(self) -> None:
-        super().close()
-        self.background.shutdown()
 
 
 def epoch_order(count: int, seed: int, epoch: int) -> list[int]:
@@ -293,9 +436,11 @@ def with_reward(outputs: GenerateOutputs, key: str) -> GenerateOutputs:
     """The outputs with each rollout's "reward" taken from `key`: the reward itself or one of the rubric's metrics."""
     if key == "reward":
         return outputs
-    rollouts = outputs["outputs"]
-    for rollout in rollouts:
-        if key not in (rollout["metrics"] or {}):
-            names = sorted(rollout["metrics"] or {})
-            raise ValueError(f"primary_reward_key={key!r}: the environment reports 'reward' and {names}")
-    return {**outputs, "outputs": [{**rollout, "reward": rollout["metrics"][key]} for rollout in rollouts]}
+    rewards = []
+    for rollout in outputs["outputs"]:
+        metrics = rollout["metrics"] or {}
+        if not rollout.get("error") and key not in metrics:
+            raise ValueError(f"primary_reward_key={key!r}: the environment reports 'reward' and {sorted(metrics)}")
+        rewards.append(metrics.get(key))
+    rollouts = zip(outputs["outputs"], rewards)
+    return {**outputs, "outputs": [{**rollout, "reward": reward} for rollout, reward in rollouts]}

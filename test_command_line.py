@@ -8,14 +8,15 @@ from dataclasses import asdict, fields
 import pytest
 
 from adapters import ADAPTERS
+from command_line import parse_arguments
 from local_server import LocalServer
-from mm_grpo import DEMO, MultimodalRLConfig, main, parse_arguments
+from mm_grpo import DEMO, MultimodalRLConfig, main
 
 OWN = asdict(MultimodalRLConfig())
 
 
 def parse(*arguments):
-    config, rest = parse_arguments(["--adapter", "qwen", *arguments], families=ADAPTERS)
+    config, rest = parse_arguments(MultimodalRLConfig, DEMO, "", ADAPTERS, ["--adapter", "qwen", *arguments])
     settings = asdict(config)
     settings.pop("output_dir")  # the command line's own default has the time in it
     return settings, rest

@@ -3,9 +3,10 @@
 pytest test_config.py
 """
 
+import contextlib
+import io
 import json
 import math
-import re
 import warnings
 from dataclasses import fields, replace
 from pathlib import Path
@@ -15,9 +16,10 @@ import pytest
 import torch
 
 from adapters import ADAPTERS, load_model
+from command_line import parse_arguments
 from conftest import make_tiny, message, picture
 from local_server import LocalServer
-from mm_grpo import LOSS_TYPES, MultimodalGRPOTrainer, MultimodalRLConfig, main, parse_arguments
+from mm_grpo import LOSS_TYPES, MultimodalGRPOTrainer, MultimodalRLConfig, main
 from report import RunLog
 from vllm_server import processor_flag
 
@@ -28,15 +30,18 @@ HERE = Path(__file__).parent
 
 IMPOSSIBLE = {
     **dict.fromkeys(("learning_rate", "temperature", "max_grad_norm"), (0.0, -1.0, INF, NAN, "1", True)),
-    **dict.fromkeys(("generation_timeout", "vllm_server_timeout"), (0.0, -1.0, INF, NAN)),
+    **dict.fromkeys(("generation_timeout", "rollout_timeout", "vllm_server_timeout"), (0.0, -1.0, INF, NAN)),
     **dict.fromkeys(("updates_per_batch", "micro_batch_size", "max_tokens", "log_every_steps"), (0, -1, 1.0, True)),
-    "max_concurrent": (0, -1, 7),  # of a group's 8 rollouts
+    "max_image_pixels": (0, -1, 1e6),
+    "max_concurrent": (0, -1),
     **dict.fromkeys(("max_steps", "eval_examples", "sync_to_vllm_every"), (-1, 0.5)),
+    **dict.fromkeys(("save_steps", "save_total_limit", "eval_steps"), (-1, 0.5)),
     **dict.fromkeys(("weight_decay", "clip_high", "beta"), (-0.1, NAN)),
     "rollouts_per_example": (1, 0), "rollouts_per_step": (0, 4, 12), "clip_low": (-0.1, 1.0, NAN),
     "mask_ratio_low": (-0.1, 1.1, NAN), "mask_ratio_high": (0.9, NAN), "mismatch_threshold": (0.0, NAN, "much"),
-    "on_mismatch": ("stop",), "vllm_server_port": (0, 65536), "loss_type": ("ppo",), "scale_rewards": ("both",),
-    "env_args": ("{", "red", [1], 7), "processor_kwargs": ("{", [1]), "bf16": ("yes", 1), "seed": (0.5, "x"),
+    **dict.fromkeys(("on_mismatch", "on_control_tokens"), ("stop",)),
+    "vllm_server_port": (0, 65536), "loss_type": ("ppo",), "scale_rewards": ("both",),
+    "env_args": ("{", "red", [1], 7), "processor_kwargs": ("{", [1]), "bf16": ("yes", 1), "seed": (0.5, "x", -1, 2**32),
     "output_dir": (None, 3),
 }  # fmt: skip
 
@@ -135,8 +140,8 @@ def moved(off_policy=0.0, **settings):
 
 
 def in_flight(**settings):
-    """The most completions that grow together."""
-    made, sizes = trainer(rollouts_per_step=16, **settings), []
+    """The most completions that grow together on a server that does not share the weights."""
+    made, sizes = trainer(rollouts_per_step=16, server=Counted, **settings), []
     made.model.register_forward_pre_hook(lambda _, a, kwargs: sizes.append(len(kwargs["input_ids"])), with_kwargs=True)
     made.rollouts.collect()
     return max(sizes)
@@ -197,10 +202,12 @@ def updates(**settings):
 
 
 def refusal(*arguments):
-    """What the command line ends with."""
-    with pytest.raises((Exception, SystemExit)) as error:
+    """The one line that the command line ends with."""
+    with pytest.raises(SystemExit) as end, contextlib.redirect_stderr(io.StringIO()) as screen:
         main(["--adapter", "qwen", "--max_steps", "0", *arguments])
-    return re.sub(r"[\d.]+ s", "", str(error.value))
+    line = screen.getvalue().splitlines()[-1]
+    assert end.value.code == 2 and line.startswith("mm_grpo.py: error: ")
+    return line
 
 
 def no_server(**settings):
@@ -250,16 +257,27 @@ EFFECTS = {
     "vllm_server_timeout": (0.1, 0.2, no_server),
 }  # fmt: skip
 LOSS_EFFECTS = {loss_type: lambda **s: moved(**OFF, max_tokens=4, **s)[0] for loss_type in LOSS_TYPES}
-# What needs a folder, a command line or a real server has a test of its own, here or in test_vllm.py
+# What needs a folder, a command line or a real server has a test of its own, here, in test_media.py or test_vllm.py
 ELSEWHERE = {
     "output_dir": "test_a_run_writes_where_it_is_told_as_often_as_it_is_told",
     "max_steps": "test_a_run_writes_where_it_is_told_as_often_as_it_is_told",
     "log_every_steps": "test_a_run_writes_where_it_is_told_as_often_as_it_is_told",
     "env_id": "test_the_environment_and_its_arguments_are_those_of_the_command_line",
     "processor_kwargs": "test_processor_kwargs_hold_for_prompts_and_batches_and_the_server_is_told_the_flag",
+    **dict.fromkeys(
+        ("max_image_pixels", "allowed_local_media_path", "allowed_media_domains"),
+        "test_the_settings_of_a_run_are_the_rules_of_its_media",
+    ),
     "env_args": "test_the_environment_and_its_arguments_are_those_of_the_command_line",
     "loss_type": "test_each_loss_type_is_another_loss",
     "generation_timeout": "test_a_request_that_takes_too_long_fails_alone_and_is_not_taken_for_a_lost_server",
+    "vllm_api_key": "test_the_key_of_a_server_goes_with_every_request_and_is_never_written_down",
+    "resume_from_checkpoint": "test_a_resumed_run_goes_on_with_the_same_bits",
+    "save_steps": "test_checkpoints_come_every_save_steps_and_the_newest_are_kept",
+    "save_total_limit": "test_checkpoints_come_every_save_steps_and_the_newest_are_kept",
+    "eval_steps": "test_evaluations_on_the_way_are_in_the_metrics_and_change_no_bit",
+    "on_control_tokens": "test_the_command_line_hands_the_setting_to_the_adapter",
+    "rollout_timeout": "test_a_rollout_that_takes_too_long_is_left_out_and_named",
     "weight_sync_dir": "test_the_weights_file_is_replaced_whole_under_the_folder_that_is_named",
 }
 
@@ -296,16 +314,19 @@ def test_the_seed_is_also_that_of_sampling_in_this_process():
 
 def test_the_progress_bar_tells_the_mismatch_from_the_kl(tmp_path):
     with RunLog(MultimodalRLConfig(output_dir=str(tmp_path / "run"))) as log:
-        log.step({"step": 1, "reward": 0.25, "mismatch_kl": 1e-3, "kl": 0.5, "seconds_update": 2.0})
+        log.start(step=0)
+        common = {"reward": 0.25, "mismatch_kl": 1e-3, "zero_spread_fraction": 0.0, "seconds_update": 2.0}
+        log.step({"step": 1, "kl": 0.5, **common})
         assert log.progress.postfix == "reward 0.250, mismatch 1e-03, KL 0.500, 2.00 s/step"
-        log.step({"step": 2, "reward": 0.25, "mismatch_kl": 1e-3, "seconds_update": 2.0})
+        log.step({"step": 2, **common})
         assert log.progress.postfix == "reward 0.250, mismatch 1e-03, 2.00 s/step"
 
 
 def test_every_setting_has_its_effect_tested():
     settings = {f.name for f in fields(MultimodalRLConfig)}
     assert settings == set(EFFECTS) | set(ELSEWHERE) and not set(EFFECTS) & set(ELSEWHERE)
-    written = "".join((HERE / name).read_text() for name in ("test_config.py", "test_vllm.py"))
+    files = ("test_config.py", "test_faults.py", "test_media.py", "test_resume.py", "test_rows.py", "test_vllm.py")
+    written = "".join((HERE / name).read_text() for name in files)
     assert all(f"def {test}(" in written for test in ELSEWHERE.values())
     assert all(f.metadata["help"] for f in fields(MultimodalRLConfig))
 
@@ -313,7 +334,9 @@ def test_every_setting_has_its_effect_tested():
 def test_a_run_writes_where_it_is_told_as_often_as_it_is_told(tmp_path_factory):
     often, seldom = run(tmp_path_factory, max_steps=3), run(tmp_path_factory, max_steps=4, log_every_steps=2)
     assert lines(often) == 3 and lines(seldom) == 2
-    assert sorted(path.name for path in often.iterdir()) == ["checkpoint", "config.json", "curves.png", "metrics.jsonl"]
+    assert sorted(path.name for path in often.iterdir()) == [
+        *("checkpoint-3", "config.json", "curves.png", "lock", "metrics.jsonl")
+    ]
     assert json.loads((seldom / "config.json").read_text())["log_every_steps"] == 2
 
 
@@ -321,19 +344,18 @@ def test_the_environment_and_its_arguments_are_those_of_the_command_line(tmp_pat
     out = ["--output_dir", str(tmp_path / "out")]
     assert "no-such-env" in refusal("--env_id", "no-such-env", *out)
     assert "image_size=3" in refusal("--env_args", '{"image_size": 3}', *out)
-    assert "colour" in refusal(
-        "--primary_reward_key", "style", "--eval_examples", "2", *out
-    )  # shapes-env's own metrics
+    assert "colour" in refusal("--primary_reward_key", "style", *out)  # shapes-env's own metrics
 
 
 def test_processor_kwargs_hold_for_prompts_and_batches_and_the_server_is_told_the_flag():
     fewer = {"max_pixels": 28 * 28}
     lengths = []
     for options in ({}, fewer):
-        _, _, adapter = load_model("qwen", None, processor_kwargs=options)
+        _, _, adapter = load_model("qwen", None, MultimodalRLConfig(processor_kwargs=options))
         prompt = adapter.encode_prompt(message(picture(0), "red"))
         lengths.append(adapter.placeholders(prompt.ids).total())
         assert len(prompt.media.tensors["pixel_values"]) == 4 * lengths[-1]
     assert lengths == [4, 1]
     assert processor_flag(adapter) == "--mm-processor-kwargs '{\"max_pixels\": 784}'"
-    assert parse_arguments(["--processor_kwargs", json.dumps(fewer)], ADAPTERS)[0].processor_kwargs == fewer
+    config, _ = parse_arguments(MultimodalRLConfig, {}, "", ADAPTERS, ["--processor_kwargs", json.dumps(fewer)])
+    assert config.processor_kwargs == fewer

@@ -240,27 +240,34 @@ def test_a_policy_that_longs_for_placeholders_never_samples_one_and_its_ratio_st
     assert on_policy(trainer.update(batch))
 
 
-LEFT_OUT = {  # what the server sends of the second rollout, and what the error must say
-    "no token ids": (lambda tokens: None, "rollout 1, turn 0: tokens.*return_token_ids"),
+LEFT_OUT = {  # what the server sends of a rollout, and what must be said of it
+    "no token ids": (lambda tokens: None, "turn 0: tokens.*return_token_ids"),
     "too few logprobs": (
         lambda tokens: {**tokens, "completion_logprobs": []},
-        "rollout 1, turn 0: completion_logprobs: .* got 0",
+        "turn 0: completion_logprobs: .* got 0",
     ),
     "logprobs that are NaN": (
         lambda tokens: {**tokens, "completion_logprobs": [NAN] * len(tokens["completion_ids"])},
-        "behavior_logprobs: .*finite values",
+        "turn 0: completion_logprobs: expected finite.*nan",
     ),
 }
 
 
 @pytest.mark.parametrize("case", LEFT_OUT)
-def test_what_the_server_left_out_is_an_error_that_names_it(case):
+def test_what_the_server_left_out_is_named_and_is_an_error_where_it_is_left_out_of_every_rollout(case):
     change, named = LEFT_OUT[case]
     trainer = make_trainer()
     outputs = trainer.rollouts.collect()
-    turn = outputs["outputs"][1]["trajectory"][0]
-    turn["tokens"] = change(turn["tokens"])
-    with pytest.raises(ValueError, match=named):
+
+    def spoil(rollout):
+        rollout["trajectory"][0]["tokens"] = change(rollout["trajectory"][0]["tokens"])
+
+    spoil(outputs["outputs"][1])
+    with pytest.warns(UserWarning, match=rf"1 of 8 .*rollout 1 .*: {named}"):
+        assert trainer.adapter.build_batch(outputs).rollout_ids.tolist() == [0, 2, 3, 4, 5, 6, 7]
+    for rollout in outputs["outputs"][:1] + outputs["outputs"][2:]:
+        spoil(rollout)
+    with pytest.raises(ValueError, match=rf"no rollout can be trained on .8 came.*tokens, 8 times.*{named}"):
         trainer.adapter.build_batch(outputs)
 
 
@@ -325,7 +332,7 @@ def test_a_rollout_that_was_split_into_two_rows_counts_once_in_its_groups_mean(f
 
 @both_families
 def test_completions_that_were_cut_off_are_left_out_on_request_only(family):
-    settings = dict(favoured="eos_token_id", by=2.5, max_tokens=2)
+    settings = dict(favoured="eos_token_id", by=3.5, max_tokens=2)
     masking, other = (make_trainer(family, mask_truncated_completions=mask, **settings) for mask in (True, False))
     batch = replace(make_batch(masking), rewards=torch.arange(8.0))
     cut = torch.tensor(
@@ -484,8 +491,8 @@ def test_a_folder_that_holds_an_earlier_run_is_refused_and_left_as_it_is(tmp_pat
 def test_every_example_comes_once_an_epoch_in_an_order_of_the_seed_and_the_epoch():
     def epochs(seed):
         one_prompt_a_step = dict(rollouts_per_step=2, rollouts_per_example=2)
-        trainer = make_trainer(env=environment([["red"]] * 9), seed=seed, **one_prompt_a_step)
-        return [[trainer.rollouts.next_examples()[0]["example_id"] for _ in range(9)] for _ in range(3)]
+        rollouts = make_trainer(env=environment([["red"]] * 9), seed=seed, **one_prompt_a_step).rollouts
+        return [[rollouts.examples(9 * epoch + i)[0]["example_id"] for i in range(9)] for epoch in range(3)]
 
     orders = epochs(0)
     assert all(sorted(order) == list(range(9)) for order in orders)

@@ -16,6 +16,7 @@ from conftest import make_tiny
 from local_server import LocalServer
 from mm_grpo import MultimodalGRPOTrainer, MultimodalRLConfig, score
 from rollouts import ATTEMPTS, Rollouts, RolloutsAhead, Server
+from rows import NoRollouts
 
 CLOSE = (
     1e-4  # between two float32 forwards of one token, which differ by about 1e-6; another policy's by more than 1e-3
@@ -68,13 +69,13 @@ def on_policy(metrics):
 
 def note_prompts(trainer):
     """The example ids of each collection, as they are asked for."""
-    asked, generate = [], trainer.rollouts.generate
+    asked, roll_out = [], trainer.rollouts.roll_out
 
     def noted(examples, temperature):
         asked.append([example["example_id"] for example in examples])
-        return generate(examples, temperature)
+        return roll_out(examples, temperature)
 
-    trainer.rollouts.generate = noted
+    trainer.rollouts.roll_out = noted
     return asked
 
 
@@ -127,7 +128,7 @@ def test_rollouts_of_a_lost_server_are_made_again_with_the_same_prompts_and_new_
     with pytest.warns(UserWarning, match="step 1: the server was lost during the rollouts"):
         metrics = trainer.step()
     assert on_policy(metrics) and trainer.server.connected == 2 and trainer.server.updates == 1 + 2 + 1
-    assert asked[0] == asked[1] == asked[2] and trainer.rollouts.prompts_taken == 4
+    assert asked[0] == asked[1] == asked[2] and len(set(asked[0])) == 4
 
 
 def test_a_server_that_is_lost_again_and_again_ends_the_run():
@@ -162,8 +163,7 @@ def test_rollouts_ahead_are_one_step_old_after_the_first_ones_and_skip_no_prompt
     assert isinstance(trainer.rollouts, RolloutsAhead)
     assert [step["lag"] for step in metrics] == [0, 0, 1, 1, 1]
     assert max(differences) < CLOSE and not any(map(on_policy, metrics[2:]))
-    trainer.rollouts.prompts_taken = 0
-    again = [[example["example_id"] for example in trainer.rollouts.next_examples()] for _ in range(5)]
+    again = [[example["example_id"] for example in trainer.rollouts.examples(step)] for step in range(5)]
     assert asked == again  # none twice, none after the last step
 
 
@@ -172,7 +172,7 @@ def test_rollouts_ahead_that_are_lost_are_made_again():
     asked = note_prompts(trainer)
     metrics = steps(trainer, 4)
     assert [step["lag"] for step in metrics] == [0, 0, 0, 1] and on_policy(metrics[2])
-    assert asked[2] == asked[3] and trainer.rollouts.prompts_taken == 4 * 5  # the fifth step's run now
+    assert asked[2] == asked[3] and len(asked) == 6  # the fifth step's run now
 
 
 def test_rollouts_that_still_run_are_called_off_where_the_run_ends():
@@ -181,6 +181,32 @@ def test_rollouts_that_still_run_are_called_off_where_the_run_ends():
     assert trainer.rollouts.running is not None
     trainer.close()
     assert trainer.rollouts.running is None and trainer.rollouts.loop.is_closed()
+
+
+def test_a_step_that_is_tried_again_takes_its_own_prompts_and_not_those_that_run_ahead():
+    trainer = make_trainer(async_rollouts=True, max_steps=10)
+    steps(trainer, 2)
+    asked, build = note_prompts(trainer), trainer.adapter.build_batch
+    trainer.adapter.build_batch = lambda outputs: (_ for _ in ()).throw(NoRollouts("all of them failed"))
+    with pytest.raises(NoRollouts):
+        trainer.step()
+    trainer.adapter.build_batch = build
+    trainer.step()
+    again = [[example["example_id"] for example in trainer.rollouts.examples(step)] for step in (3, 2, 3)]
+    assert asked == again and trainer.policy.version == 3
+    trainer.close()
+
+
+def test_an_evaluation_never_updates_the_weights_under_rollouts_that_run_ahead():
+    trainer = make_trainer(async_rollouts=True, max_steps=10, sync_to_vllm_every=2, eval_examples=4)
+    steps(trainer, 3)  # the next rollouts run, and the server is a step behind
+    running, updates = trainer.rollouts.running, trainer.server.updates
+    assert running is not None and trainer.rollouts.server_version < trainer.policy.version
+    done, sync = [], trainer.server.sync
+    trainer.server.sync = lambda model: (done.append(running[-1].done()), sync(model))
+    trainer.evaluate()
+    assert done == [True] and trainer.server.updates == updates + 1
+    trainer.close()
 
 
 def test_rollouts_ahead_need_a_server_of_their_own():

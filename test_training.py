@@ -110,11 +110,8 @@ def test_the_same_seed_gives_the_same_metrics():
         steps = [trainer.step() for _ in range(3)]
         return [{name: value for name, value in step.items() if not name.startswith("seconds")} for step in steps]
 
-    # the same completions; but a group's requests may arrive in another order, and float32 sums of them differ by some
-    # 1e-7
     first, again, other = metrics(0), metrics(0), metrics(1)
-    close = [pytest.approx(step, rel=1e-3, abs=1e-5) for step in first]
-    assert again == close and other != close
+    assert again == first and other != first
 
 
 def test_a_mismatch_is_a_warning_that_names_its_causes():
@@ -146,11 +143,11 @@ def test_the_command_line_trains_and_leaves_a_checkpoint_that_loads(tmp_path):
     assert [line["step"] for line in lines] == [1, 2] and all(math.isfinite(line["loss"]) for line in lines)
     assert (out / "curves.png").stat().st_size > 1000
     assert json.loads((out / "config.json").read_text())["max_steps"] == 2
-    model = AutoModelForImageTextToText.from_pretrained(out / "checkpoint")
-    tokenizer = AutoTokenizer.from_pretrained(out / "checkpoint")
-    AutoImageProcessor.from_pretrained(out / "checkpoint")
+    model = AutoModelForImageTextToText.from_pretrained(out / "checkpoint-2")
+    tokenizer = AutoTokenizer.from_pretrained(out / "checkpoint-2")
+    AutoImageProcessor.from_pretrained(out / "checkpoint-2")
     # and the checkpoint can be trained on, by name
-    arguments = "--adapter llava --model out/checkpoint --max_steps 1 --eval_examples 0 --max_tokens 3".split()
+    arguments = "--adapter llava --model out/checkpoint-2 --max_steps 1 --eval_examples 0 --max_tokens 3".split()
     screen = run(*arguments, "--rollouts_per_step", "16", "--output_dir", "again", cwd=tmp_path)
     assert type(model).__name__ in screen and tokenizer.eos_token == "</s>"
     # an earlier run is never overwritten
@@ -182,7 +179,7 @@ def test_the_usage_example_of_the_readme_runs_as_written(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (example,) = [block for block in readme_blocks("python") if "trainer.train()" in block]
     exec(compile(example, "README.md", "exec"), {"__name__": "readme"})
-    assert list(tmp_path.glob("*/checkpoint/config.json"))
+    assert list(tmp_path.glob("*/checkpoint-3/config.json"))
 
 
 def test_the_adapter_of_the_readme_trains(tmp_path, monkeypatch):
