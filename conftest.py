@@ -9,6 +9,7 @@ import random
 import subprocess
 import sys
 import time
+from collections import Counter
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -194,6 +195,28 @@ def message(*parts) -> list[dict]:
     """The messages of a chat that starts: one of the user, of these parts; a string is text."""
     content = [{"type": "text", "text": part} if isinstance(part, str) else part for part in parts]
     return [{"role": "user", "content": content}]
+
+
+def peak_of_saved_bytes(work) -> int:
+    """The most bytes that autograd holds at once for the backward while this runs; afterwards it must hold none."""
+    held = Counter()
+
+    class Held:
+        """A tensor that autograd saves; what ends when the graph lets go of it."""
+
+        def __init__(self, tensor):
+            size = tensor.numel() * tensor.element_size()
+            self.tensor, self.size = tensor.detach(), size  # detached: no circle where it is what was computed
+            held["now"] += self.size
+            held["peak"] = max(held["peak"], held["now"])
+
+        def __del__(self):
+            held["now"] -= self.size
+
+    with torch.autograd.graph.saved_tensors_hooks(Held, lambda saved: saved.tensor):
+        work()
+    assert held["now"] == 0  # nothing of it stays
+    return held["peak"]
 
 
 # Command lines in processes that start at once: one has imported everything, and forks a child for each run

@@ -91,7 +91,7 @@ def halving(work: Callable[[int], Result], size: int, clean_up: Callable[[], Non
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         size //= 2
-        warnings.warn(f"out of memory ({reason}): from here on micro-batches of {size} rows, with the same gradients")
+        warnings.warn(f"out of memory ({reason}): from here on micro-batches of {size} tokens, with the same gradients")
 
 
 class RunStopped(RuntimeError):

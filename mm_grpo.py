@@ -46,6 +46,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+import shared_prefix
 from checkpoint import RunState, save_checkpoint
 from checks import check_setting, check_types, expect_batch, json_object
 from command_line import one_line_errors, parse_arguments
@@ -53,10 +54,11 @@ from faults import RunStopped, after_pauses, deferred_signals, halving, stop_whe
 from local_server import LocalServer
 from media import select_spans, take_spans
 from output_head import head_is_last, in_chunks
+from recompute import checkpoint_layers
 from report import Clock, RunLog, quiet_libraries, reward_metrics, rollout_metrics, zero_spread_fraction
 from rollouts import PLACEHOLDER_BIAS, Rollouts, RolloutsAhead, Server
 from rows import NoRollouts
-from shared_prefix import MicroBatch, SharedPrompts, micro_batches, score_shared, shared_fraction
+from shared_prefix import Block, Completions, Prefix, SharedPrompts
 from vllm_server import VLLMServer
 
 if TYPE_CHECKING:
@@ -316,8 +318,11 @@ class MultimodalBatch:
         media = {name: tensor.to(device) for name, tensor in self.media.items()}
         return self._changed(lambda tensor: tensor.to(device), media, self.media_spans)
 
-    def select(self, rows: Tensor | Sequence[int], with_media: bool = True) -> MultimodalBatch:
-        """The batch of these rows, in this order. Media that they own are taken along, shared ones still once."""
+    def select(
+        self, rows: Tensor | Sequence[int], with_media: bool = True, width: int | None = None
+    ) -> MultimodalBatch:
+        """The batch of these rows, in this order, and of its first `width` columns, where all others are padding. Media
+        that they own are taken along, shared ones still once."""
         rows = torch.as_tensor(rows)
         if rows.dtype == torch.bool:
             raise ValueError("rows: expected row numbers, got a bool mask; use mask.nonzero()[:, 0]")
@@ -327,8 +332,8 @@ class MultimodalBatch:
             if name in self.media_spans:
                 media[name], spans[name] = select_spans(tensor, self.media_spans[name][rows])
             else:
-                media[name] = tensor[index]
-        return self._changed(lambda tensor: tensor[index], media, spans)
+                media[name] = tensor[index, :width] if tensor.shape == self.input_ids.shape else tensor[index]
+        return self._changed(lambda tensor: tensor[index, :width] if tensor.ndim > 1 else tensor[index], media, spans)
 
     def _changed(self, change: Callable[[Tensor], Tensor], media: dict, spans: dict) -> MultimodalBatch:
         """A copy, `change` applied to what is by row, with these media. Not validated: a valid batch stays one."""
@@ -410,11 +415,10 @@ class MultimodalRLConfig:
     rollouts_per_step: AtLeast1 = option(128, "rollouts a step, a multiple of rollouts_per_example")
     rollouts_per_example: AtLeast2 = option(8, "group size G: completions sampled of each prompt")
     updates_per_batch: AtLeast1 = option(1, "optimizer steps on each batch; above 1 off-policy, the clip matters")
-    micro_batch_size: AtLeast1 = option(8, "rows a forward pass; changes memory and speed, not the gradient")
-    share_prefix: bool = option(True, "run each distinct prompt of a micro-batch once; same numbers, less work")
-    temperature: Annotated[float, Field(ge=1e-6, allow_inf_nan=False)] = option(
-        1.0, "sampling temperature; logprobs use it too"
-    )
+    micro_batch_tokens: AtLeast1 = option(8192, "tokens a forward pass; changes memory and speed, not the gradient")
+    gradient_checkpointing: bool = option(False, "make activations again in the backward: slower, much less memory")
+    share_prefix: bool = option(True, "run each distinct prompt once an update; same numbers, less work")
+    temperature: Annotated[float, Field(ge=1e-6, allow_inf_nan=False)] = option(1.0, "of the sampling and the logprobs")
     max_tokens: AtLeast1 = option(512, "longest completion of one turn, in tokens")
     max_concurrent: AtLeast1 = option(512, "rollouts in flight at once on a vLLM server")
     rollout_timeout: Positive = option(3600.0, "seconds until a rollout, its reward included, is given up")
@@ -472,12 +476,20 @@ class Policy(nn.Module):
         self.version = 0
         self.head_is_last = self.sharing_is_exact = None  # bool, found out with the first batch (that shares prompts)
 
-    def forward(self, batch: MultimodalBatch, shared: SharedPrompts | None = None, cast=True) -> tuple[Tensor, Tensor]:
+    def forward(self, batch: MultimodalBatch, shared: SharedPrompts | Completions | None = None, cast: bool = True):
         """(logprobs, entropies) of this batch, (B, T) each; without `cast`, in the weights' own precision."""
         if self.head_is_last is None:
             self.head_is_last = head_is_last(self.model, shared.prompts if shared else batch)
         with torch.autocast(batch.input_ids.device.type, torch.bfloat16, enabled=self.bf16 and cast):
             return score(self.model, batch, self.temperature, self.placeholder_ids, shared, self.head_is_last)
+
+    def run_prompts(self, shared: SharedPrompts) -> Prefix:
+        """Run these prompts for `forward` to go on from; what goes on from them goes backward before they do."""
+        if self.head_is_last is None:
+            self.head_is_last = head_is_last(self.model, shared.prompts)
+        body = self.model.base_model if self.head_is_last else self.model
+        with torch.autocast(shared.prompts.input_ids.device.type, torch.bfloat16, enabled=self.bf16):
+            return shared_prefix.run_prompts(body, shared.model_inputs()).cut()
 
 
 def score(
@@ -485,7 +497,7 @@ def score(
     batch: MultimodalBatch,
     temperature: float = 1.0,
     placeholder_ids: Sequence[int] = (),
-    shared: SharedPrompts | None = None,
+    shared: SharedPrompts | Completions | None = None,
     chunked: bool | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The policy's view of the batch's tokens: the forward of the vision-language model, gradients on.
@@ -496,7 +508,8 @@ def score(
         batch: on the model's device.
         temperature: of the sampling.
         placeholder_ids: ids that were asked for with a logit_bias of -100.
-        shared: from `find_shared_prompts`, to run each distinct prompt once. Same numbers at trained tokens.
+        shared: from `find_shared_prompts`, to run each distinct prompt once, or the completions of prompts that were
+            run before. Same numbers at trained tokens.
         chunked: run the model's body, then its output head on a chunk of tokens at a time; else the model's own
             forward. None: find out whether that is the same (`head_is_last`).
 
@@ -512,7 +525,7 @@ def score(
         return token_logprobs(head(hidden), targets, temperature, placeholder_ids)
 
     if shared is not None:
-        return score_shared(body, batch, shared, functools.partial(in_chunks, logprobs_of))
+        return shared_prefix.score_shared(body, batch, shared, functools.partial(in_chunks, logprobs_of))
     output = body(**batch.model_inputs())
     hidden = output if isinstance(output, Tensor) else output[0]  # (B, L, H); logits (B, L, V) of a whole model
     return in_chunks(logprobs_of, hidden[:, :-1], batch.input_ids[:, 1:])
@@ -540,6 +553,7 @@ class MultimodalGRPOTrainer:
         self.model, self.tokenizer, self.adapter, self.config = model, tokenizer, adapter, config
         self.device = next(model.parameters()).device
         model.eval()
+        checkpoint_layers(model, config.gradient_checkpointing)
         self.policy = Policy(model, config.temperature, adapter.placeholder_ids, config.bf16)
         self.ref_policy = copy.deepcopy(self.policy).requires_grad_(False) if config.beta > 0 else None
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -548,7 +562,7 @@ class MultimodalGRPOTrainer:
             kind = LocalServer if config.vllm_server_host is None else VLLMServer
             server = kind.from_config(model, adapter, config)
         self.server = server
-        self.micro_batch_size, self.skipped = config.micro_batch_size, 0  # as memory allows; skipped updates in a row
+        self.micro_batch_tokens, self.skipped = config.micro_batch_tokens, 0  # as memory allows; updates in a row
         self.clock = Clock()
         kind = RolloutsAhead if config.async_rollouts else Rollouts
         self.rollouts = kind(self.policy, adapter, server, config, self.clock, env)
@@ -594,14 +608,14 @@ class MultimodalGRPOTrainer:
         }
 
         @functools.lru_cache(maxsize=1)
-        def parts(size: int) -> list[MicroBatch]:
-            cut = micro_batches(self.policy, batch, (weights > 0).any(-1), config, size)
-            return [part.to(self.device) for part in cut]
+        def blocks(tokens: int) -> list[Block]:
+            cut = shared_prefix.micro_batches(self.policy, batch, (weights > 0).any(-1), config, tokens)
+            return [block.to(self.device) for block in cut]
 
         history = []  # the metrics of each update
         for i in range(config.updates_per_batch):
-            (logprobs, entropies), self.micro_batch_size = halving(
-                lambda size: self.backward(parts(size), whole), self.micro_batch_size, self.optimizer.zero_grad
+            (logprobs, entropies), self.micro_batch_tokens = halving(
+                lambda tokens: self.backward(blocks(tokens), whole), self.micro_batch_tokens, self.optimizer.zero_grad
             )
             loss, values = self.loss(logprobs, **whole)  # of the whole batch, for the metrics
             values |= {"loss": loss, "entropy": masked_mean(entropies, whole["weights"] > 0)}
@@ -616,24 +630,23 @@ class MultimodalGRPOTrainer:
             **{f"last_update/{name}": value for name, value in drifted.items()},
             "updates_skipped": sum(not math.isfinite(values["grad_norm"]) for values in history),
             "zero_spread_fraction": zero_spread_fraction(batch),
-            "shared_prefix_fraction": shared_fraction(parts(self.micro_batch_size)),
+            "shared_prefix_fraction": shared_prefix.shared_fraction(blocks(self.micro_batch_tokens)),
             "trained_tokens": int((batch.loss_mask != 0).sum()),
             "learning_rate": config.learning_rate,
         }
 
-    def backward(self, parts: list[MicroBatch], whole: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    def backward(self, blocks: list[Block], whole: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Add up the gradients of the micro-batches: they are the whole batch's. Returns its (logprobs, entropies)."""
-        logprobs, entropies, reference = (torch.zeros_like(whole["weights"]) for _ in range(3))  # (B, T)
+        logprobs, entropies = torch.zeros_like(whole["weights"]), torch.zeros_like(whole["weights"])  # (B, T)
         if self.ref_policy is not None and "ref_logprobs" not in whole:
+            whole["ref_logprobs"] = torch.zeros_like(logprobs)
             with torch.no_grad():
-                for part in parts:
-                    reference[part.rows], _ = self.ref_policy(part.batch, part.shared)
-            whole["ref_logprobs"] = reference
-        for part in parts:
-            new, entropies[part.rows] = self.policy(part.batch, part.shared)
-            loss, _ = self.loss(new, **{name: tensor[part.rows] for name, tensor in whole.items()})
+                for part, reference, _ in shared_prefix.run(self.ref_policy, blocks):
+                    whole["ref_logprobs"][part.place] = reference
+        for part, new, new_entropies in shared_prefix.run(self.policy, blocks):
+            loss, _ = self.loss(new, **{name: part.take(tensor) for name, tensor in whole.items()})
             loss.backward()
-            logprobs[part.rows] = new.detach()
+            logprobs[part.place], entropies[part.place] = new.detach(), new_entropies
         return logprobs, entropies
 
     def loss(self, logprobs: Tensor, **of_batch: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -722,7 +735,7 @@ def without_truncated(batch: MultimodalBatch) -> MultimodalBatch:
 
 # A run that fits a tiny model with random weights: what --demo sets, and what holds where no --model is given
 DEMO = {"learning_rate": 5e-4, "max_steps": 400, "rollouts_per_example": 4, "updates_per_batch": 3, "max_tokens": 3}
-DEMO |= {"micro_batch_size": 128, "scale_rewards": "batch", "beta": 0.1}
+DEMO |= {"scale_rewards": "batch", "beta": 0.1}
 
 
 def main(argv: Sequence[str] | None = None) -> None:

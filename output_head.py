@@ -62,6 +62,6 @@ def head_is_last(model: nn.Module, batch: MultimodalBatch) -> bool:
         return True
     warnings.warn(
         f"{type(model).__name__}: its logits are not its output head's alone (off by {difference:.1e}), so its own "
-        "forward is used, and all logits of a micro-batch exist at once: if memory ends, lower micro_batch_size"
+        "forward is used, and all logits of a micro-batch exist at once: if memory ends, lower micro_batch_tokens"
     )
     return False

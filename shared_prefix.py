@@ -1,33 +1,43 @@
 """Each distinct prompt once: for generation, for scoring, for gradients.
 
 The G completions of a prompt share the prompt and its images. The plain forward runs G * (P + C) tokens and encodes the
-images G times; here the prompt is run once, gradients on, and the completions against its cache (keys and values, the
-states of convolutions and linear attention): P + G * C tokens and one encoding, with the same logprobs and the same
-gradients. `benchmark.py` measures it.
+images G times; here the prompt is run once an update, gradients on, and the completions against its cache (keys and
+values, the states of convolutions and linear attention): P + G * C tokens and one encoding, with the same logprobs and
+the same gradients. `benchmark.py` measures it.
+
+A group need not fit into memory. What a prompt leaves behind is cut from its graph: micro-batches of completions go
+forward and backward one after the other and add up their gradients at the cut, then the prompt goes backward, once. At
+its peak an update holds the activations of the prompts that run together and of one micro-batch.
 
 Dimensions: K distinct prompts of at most P tokens, B rows of at most C tokens after their prompt, L sequence length,
-T = L - 1 predicted tokens, H hidden size.
+T = L - 1 predicted tokens, H hidden size, N trained tokens.
 """
 
 from __future__ import annotations
 
+import copy
 import inspect
 import logging
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationMixin
+from transformers import DynamicCache, GenerationMixin
+from transformers.cache_utils import Cache
 
 from faults import is_out_of_memory
+from recompute import recomputes, repeatable
 
 if TYPE_CHECKING:
     from mm_grpo import MultimodalBatch, MultimodalRLConfig, Policy
 
 logger = logging.getLogger("mm_grpo")
+
+KEY_TOKENS = 4  # tokens of a prompt that cost a row that goes on from it as much memory as one of its own: of them it
+# holds a copy of keys and values, of its own every activation
 
 
 @dataclass
@@ -39,11 +49,9 @@ class SharedPrompts:
     lengths: Tensor  # (K,) tokens of each prompt
     prompt_of_row: Tensor  # (B,)
 
-    def select(self, rows: Sequence[int]) -> SharedPrompts | None:
-        """The prompts of these rows; None where no two of them share one."""
+    def select(self, rows: Sequence[int]) -> SharedPrompts:
+        """The prompts of these rows."""
         prompts, prompt_of_row = self.prompt_of_row[rows].unique(return_inverse=True)
-        if len(prompts) == len(rows):
-            return None
         return SharedPrompts(self.prompts.select(prompts), self.lengths[prompts], prompt_of_row)
 
     def to(self, device: torch.device | str) -> SharedPrompts:
@@ -76,6 +84,8 @@ def find_shared_prompts(model: nn.Module, batch: MultimodalBatch, placeholder_id
     for row, length in enumerate(lengths):
         key = (*(tuple(column[row][:length]) for column in [ids, *by_token]), *(tuple(owned[row]) for owned in spans))
         first_of_row.append(prompts.setdefault(key, row))
+    if len(prompts) == len(batch):
+        return None
     return SharedPrompts(batch, torch.tensor(lengths), torch.tensor(first_of_row)).select(range(len(batch)))
 
 
@@ -90,6 +100,10 @@ def why_not_shared(model: nn.Module, batch: MultimodalBatch, placeholder_ids: Se
         return "the model has no key-value cache"
     if model.training and model.is_activation_checkpointing:
         return "activation checkpointing drops the key-value cache"
+    if recomputes(model) and any(
+        hasattr(layer, "update_conv_state") for layer in DynamicCache(config=model.config).layers
+    ):
+        return "gradient checkpointing would update the states of its convolutions and linear attention twice"
     B, L = batch.input_ids.shape
     column = torch.arange(L, device=batch.input_ids.device)
     if not torch.equal(batch.attention_mask != 0, column < batch.attention_mask.sum(-1, keepdim=True)):
@@ -111,17 +125,39 @@ class MicroBatch(NamedTuple):
     """The rows of one forward pass."""
 
     rows: Tensor  # (n,) their numbers in the whole batch
-    batch: MultimodalBatch
-    shared: SharedPrompts | None  # their prompts, to run each once; None: the plain forward
+    batch: MultimodalBatch  # no longer than they are; without media where their prompts have them
+    completions: Completions | None  # what follows their prompts, which run before; None: the plain forward
 
     def to(self, device: torch.device | str) -> MicroBatch:
-        return MicroBatch(self.rows, self.batch.to(device), self.shared and self.shared.to(device))
+        return MicroBatch(self.rows, self.batch.to(device), self.completions and self.completions.to(device))
+
+    @property
+    def place(self) -> tuple[Tensor, slice]:
+        """Where their values stand in a (B, T) tensor of the whole batch."""
+        return self.rows, slice(self.batch.input_ids.shape[1] - 1)
+
+    def take(self, tensor: Tensor) -> Tensor:
+        """Their part of a tensor (B,) or (B, T) of the whole batch."""
+        return tensor[self.rows] if tensor.ndim == 1 else tensor[self.place]
+
+
+class Block(NamedTuple):
+    """Micro-batches that go on from the same prompts, which run once for all of them; or one plain micro-batch."""
+
+    prompts: SharedPrompts | None
+    parts: list[MicroBatch]
+
+    def to(self, device: torch.device | str) -> Block:
+        return Block(self.prompts and self.prompts.to(device), [part.to(device) for part in self.parts])
 
 
 def micro_batches(
-    policy: Policy, batch: MultimodalBatch, rows: Tensor, config: MultimodalRLConfig, size: int | None = None
-) -> list[MicroBatch]:
-    """Cut a batch into parts of at most `size` rows (None: `micro_batch_size`), along its prompts.
+    policy: Policy, batch: MultimodalBatch, rows: Tensor, config: MultimodalRLConfig, tokens: int | None = None
+) -> list[Block]:
+    """Cut a batch into forward passes of at most `tokens` tokens (None: `micro_batch_tokens`), padding counted.
+
+    Rows of about the same length go together, so that little is padding. One that is longer than the budget goes alone,
+    and so does a prompt. A row that goes on from its prompt counts KEY_TOKENS of the prompt's tokens as one.
 
     Args:
         policy: remembers whether its model can share prompts, found out with the first batch that would.
@@ -130,19 +166,55 @@ def micro_batches(
     """
     numbers = rows.nonzero()[:, 0] if rows.any() else torch.arange(len(batch))
     chosen = batch if len(numbers) == len(batch) else batch.select(numbers)
+    budget = tokens or config.micro_batch_tokens
     shared = find_shared_prompts(policy.model, chosen, policy.placeholder_ids) if config.share_prefix else None
     if shared is not None and policy.sharing_is_exact is None:
         policy.sharing_is_exact = sharing_is_exact(policy, chosen, shared)
     if shared is not None and policy.sharing_is_exact is False:
         logger.info("prompts are not shared: %s gave other numbers or an error", type(policy.model).__name__)
         shared = None
-    parts = []
-    prompt_of_row = range(len(chosen)) if shared is None else shared.prompt_of_row.tolist()
-    for part in cut_along_prompts(prompt_of_row, size or config.micro_batch_size):
-        prompts = shared and shared.select(part)
-        micro_batch = chosen.select(part, with_media=prompts is None)  # the prompts have the media
-        parts.append(MicroBatch(numbers[part], micro_batch, prompts))
+    ends = (chosen.attention_mask != 0) * torch.arange(1, chosen.input_ids.shape[1] + 1)
+    ends = ends.amax(-1)  # (n,) columns up to each row's last token
+    if shared is None:
+        parts = [(part, chosen.select(part, width=int(ends[part].max()))) for part in within(budget, ends.tolist())]
+        return [Block(None, [MicroBatch(numbers[part], of_part, None)]) for part, of_part in parts]
+    blocks = []
+    for together in within(budget, shared.lengths.tolist()):
+        members = torch.isin(shared.prompt_of_row, torch.tensor(together)).nonzero()[:, 0]
+        block = Block(shared.select(members), [])
+        widths = (
+            ends[members] - shared.lengths[shared.prompt_of_row[members]] + block.prompts.lengths.max() // KEY_TOKENS
+        )
+        for part in within(budget, widths.tolist()):
+            of_part = chosen.select(members[part], with_media=False, width=int(ends[members[part]].max()))
+            prompts = replace(block.prompts, prompt_of_row=block.prompts.prompt_of_row[part])
+            block.parts.append(MicroBatch(numbers[members[part]], of_part, Completions.of(of_part, prompts)))
+        blocks.append(block)
+    return blocks
+
+
+def within(budget: int, widths: Sequence[int]) -> list[list[int]]:
+    """The numbers of these widths in parts that are no larger than the budget when each is padded to its part's widest,
+    narrow ones first; what is too wide by itself is a part of its own."""
+    parts: list[list[int]] = []
+    for number in sorted(range(len(widths)), key=widths.__getitem__):
+        if not parts or (len(parts[-1]) + 1) * widths[number] > budget:
+            parts.append([])
+        parts[-1].append(number)
     return parts
+
+
+def run(policy: Policy, blocks: Sequence[Block]) -> Iterator[tuple[MicroBatch, Tensor, Tensor]]:
+    """Each micro-batch with its (logprobs, entropies), (n, T) each, to go backward before the next one is asked for.
+
+    Prompts run before the first of their completions, and go backward after the last.
+    """
+    for block in blocks:
+        prefix = policy.run_prompts(block.prompts) if block.prompts else None
+        for part in block.parts:
+            yield part, *policy(part.batch, part.completions and replace(part.completions, prefix=prefix))
+        if prefix is not None:
+            prefix.backward()
 
 
 def sharing_is_exact(policy: Policy, batch: MultimodalBatch, shared: SharedPrompts) -> bool | None:
@@ -161,9 +233,9 @@ def sharing_is_exact(policy: Policy, batch: MultimodalBatch, shared: SharedPromp
         return None
 
     def backward(rows: list[int], shared: SharedPrompts | None, sign: int) -> Tensor:
-        part = MicroBatch(torch.tensor(rows), batch.select(rows, with_media=shared is None), shared)
-        part = part.to(parameters[0].device)
-        logprobs = policy(part.batch, part.shared, cast=False)[0][part.batch.loss_mask[:, 1:] != 0]
+        device, part = parameters[0].device, batch.select(rows, with_media=shared is None)
+        part, shared = part.to(device), shared and shared.to(device)
+        logprobs = policy(part, shared, cast=False)[0][part.loss_mask[:, 1:] != 0]
         (sign * logprobs.sum()).backward()
         return logprobs.detach()
 
@@ -222,39 +294,67 @@ def compared_rows(batch: MultimodalBatch, shared: SharedPrompts) -> list[int]:
     return [row, mate] + ([] if other == prompts[row] else [prompts.tolist().index(other)])
 
 
-def shared_fraction(parts: Sequence[MicroBatch]) -> float:
+def shared_fraction(blocks: Sequence[Block]) -> float:
     """Share of the rows whose prompt is run once for several of them."""
-    return sum(len(part.rows) for part in parts if part.shared) / sum(len(part.rows) for part in parts)
+    rows = [(len(part.rows), block.prompts is not None) for block in blocks for part in block.parts]
+    return sum(n for n, shares in rows if shares) / sum(n for n, _ in rows)
 
 
-def cut_along_prompts(prompt_of_row: Sequence[int], size: int) -> list[list[int]]:
-    """The rows in parts of at most `size`. A prompt's rows stay together where they fit, else they are cut evenly: each
-    part that holds some of them runs the prompt once more."""
-    rows_of_prompt: dict[int, list[int]] = {}
-    for row, prompt in enumerate(prompt_of_row):
-        rows_of_prompt.setdefault(prompt, []).append(row)
-    parts: list[list[int]] = []
-    for rows in rows_of_prompt.values():
-        pieces = -(-len(rows) // size)
-        for piece in (rows[i::pieces] for i in range(pieces)):
-            if not parts or len(parts[-1]) + len(piece) > size:
-                parts.append([])
-            parts[-1] += piece
-    return parts
+@dataclass
+class Prefix:
+    """K prompts that the model has run, to go on from."""
+
+    last: Tensor  # what it gave at each prompt's last token: logits (K, V), or a body's hidden states (K, H)
+    cache: Cache
+    mask: Tensor  # (K, P) the prompts' attention mask
+    positions: Tensor  # (K, 1) of the token after the prompt
+    cuts: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # what the prompts gave, and the leaf in its place
+
+    def cut(self) -> Prefix:
+        """The same, cut from its graph: what goes on from it leaves its gradients at the cut, for `backward`."""
+        cuts = []
+
+        def leaf(value: Any) -> Any:
+            if isinstance(value, dict):
+                return {name: leaf(each) for name, each in value.items()}
+            if not (isinstance(value, Tensor) and value.requires_grad):
+                return value
+            cuts.append((value, value.detach().requires_grad_()))
+            return cuts[-1][1]
+
+        last, cache = leaf(self.last), copy_cache(self.cache, leaf)
+        return Prefix(last, cache, self.mask, self.positions, cuts)
+
+    def backward(self) -> None:
+        """Take the gradients that came to the cut on through the prompts; once."""
+        reached = [(value, leaf.grad) for value, leaf in self.cuts if leaf.grad is not None]
+        if reached:
+            torch.autograd.backward(*map(list, zip(*reached)))
+
+    def branch(self, prompt_of_row: Tensor) -> tuple[Tensor, Cache, Tensor, Tensor]:
+        """(last, cache, mask, positions) of B rows, (B,) the prompt of each. Gradients come together in the prompt's.
+        The cache is the rows' own, to be written to."""
+        cache = copy_cache(self.cache, lambda value: dict(value) if isinstance(value, dict) else value)
+        cache.reorder_cache(prompt_of_row)  # beam search's name for it; not every layer has `batch_select_indices`
+        return self.last[prompt_of_row], cache, self.mask[prompt_of_row], self.positions[prompt_of_row]
 
 
-def prefill(model: nn.Module, inputs: dict[str, Tensor], prompt_of_row: Tensor):
-    """Run K distinct prompts through the model once, images included, and make ready to go on from them B times.
+def copy_cache(cache: Cache, change: Callable[[Any], Any]) -> Cache:
+    """A copy of a cache, `change` applied to all that its layers hold; nothing written to it reaches the other one."""
+    cache = copy.copy(cache)
+    cache.layers = [copy.copy(layer) for layer in cache.layers]
+    for layer in cache.layers:
+        vars(layer).update({name: change(value) for name, value in vars(layer).items() if name != "update"})
+        vars(layer).pop("update", None)
+    return cache
+
+
+def run_prompts(model: nn.Module, inputs: dict[str, Tensor]) -> Prefix:
+    """Run K distinct prompts through the model once, images included. Gradients flow where they are on.
 
     Args:
         model: a Transformers model, or its body.
         inputs: keyword arguments of the forward for (K, P) prompts, padded on the left.
-        prompt_of_row: (B,) which prompt each continuation goes on from.
-
-    Returns:
-        (last, cache, mask, positions): what the model gives at each prompt's last token, logits (B, V) or a body's
-        hidden states (B, H); the cache and the attention mask (B, P), a row a continuation; positions (B, 1)
-        of the token after the prompt. Gradients flow where they are on.
     """
     mask = inputs["attention_mask"]
     # A model with M-RoPE places images in two dimensions by itself and leaves behind by how much text after them is
@@ -264,17 +364,52 @@ def prefill(model: nn.Module, inputs: dict[str, Tensor], prompt_of_row: Tensor):
     own_positions = rope is not None and sections and any(name.endswith("_grid_thw") for name in inputs)
     if rope is not None:
         rope.rope_deltas = None  # what another forward left there belongs to other prompts
-    options = {} if own_positions else {"position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
+    options: dict[str, Any] = {} if own_positions else {"position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
         options["logits_to_keep"] = 1
+    if torch.is_grad_enabled() and recomputes(model):
+        options["past_key_values"] = repeatable(DynamicCache(config=model.config))
     output = model(**inputs, **options, use_cache=True)
-    cache = output.past_key_values
-    cache.reorder_cache(prompt_of_row)  # beam search's name for it; not every layer has `batch_select_indices`
-    positions = mask.sum(-1, keepdim=True) + (rope.rope_deltas if own_positions else 0)  # (K, 1)
-    return output[0][prompt_of_row, -1], cache, mask[prompt_of_row], positions[prompt_of_row]
+    positions = mask.sum(-1, keepdim=True) + (rope.rope_deltas if own_positions else 0)
+    return Prefix(output[0][:, -1], output.past_key_values, mask, positions)
 
 
-def score_shared(body: nn.Module, batch: MultimodalBatch, shared: SharedPrompts, logprobs_of: Callable):
+def prefill(model: nn.Module, inputs: dict[str, Tensor], prompt_of_row: Tensor):
+    """(last, cache, mask, positions), see `Prefix.branch`: K prompts run once, to go on from B times."""
+    return run_prompts(model, inputs).branch(prompt_of_row)
+
+
+@dataclass
+class Completions:
+    """What follows the prompts of n rows, laid out on the CPU: a look at a GPU's tensors would wait for it."""
+
+    prompt_of_row: Tensor  # (n,)
+    ids: Tensor  # (n, C)
+    inside: Tensor  # (n, C) long, 0 on padding
+    trained: tuple[Tensor, Tensor]  # (N,) row, and place in its completion, of each trained token
+    columns: Tensor  # (N,) where its logprob stands in the row of T
+    T: int
+    prefix: Prefix | None = None  # once it has been run
+
+    @classmethod
+    def of(cls, batch: MultimodalBatch, shared: SharedPrompts) -> Completions:
+        (_, L), starts = batch.input_ids.shape, shared.lengths[shared.prompt_of_row]  # (n,)
+        ids, sampled, ends = batch.input_ids.cpu(), batch.loss_mask.cpu() != 0, batch.attention_mask.sum(-1).cpu()
+        C = int((ends - starts).max())  # longest completion
+        C += C == 2  # one token alone would take the kernels for decoding, which have no backward: padding goes with it
+        columns = starts[:, None] + torch.arange(C)  # (n, C) where in the batch they stand
+        row, column = sampled[:, 1:].nonzero(as_tuple=True)
+        completions = ids.gather(1, columns.clamp(max=L - 1)), (columns < ends[:, None]).long()
+        whole = cls(shared.prompt_of_row, *completions, (row, column + 1 - starts[row]), column, L - 1)
+        return whole.to(batch.input_ids.device)
+
+    def to(self, device: torch.device | str) -> Completions:
+        tensors = (self.prompt_of_row, self.ids, self.inside, *self.trained, self.columns)
+        prompt_of_row, ids, inside, row, place, columns = (tensor.to(device) for tensor in tensors)
+        return Completions(prompt_of_row, ids, inside, (row, place), columns, self.T, self.prefix)
+
+
+def score_shared(body: nn.Module, batch: MultimodalBatch, shared: SharedPrompts | Completions, logprobs_of: Callable):
     """`mm_grpo.score` at the cost of the distinct tokens: K prompts once, then B completions against their cache.
 
     Models are causal: a prompt's keys, values and states do not depend on what follows it, and a completion sees
@@ -284,34 +419,29 @@ def score_shared(body: nn.Module, batch: MultimodalBatch, shared: SharedPrompts,
     Args:
         body: what gives the hidden states (or a whole model, which gives logits).
         batch: the B rows; their media are not looked at, the prompts have them.
+        shared: their prompts, or their completions with the prefix that was run before.
         logprobs_of: (hidden (N, H), targets (N,)) -> (logprobs, entropies), (N,) each.
 
     Returns:
         (logprobs, entropies): (B, T) each, in the columns of the plain forward; 0 where nothing is trained.
     """
-    (B, L), device = batch.input_ids.shape, batch.input_ids.device
-    prompt_of_row = shared.prompt_of_row.to(device)
-    starts = shared.lengths[shared.prompt_of_row].to(device)  # (B,)
-    ends = batch.attention_mask.sum(-1)  # (B,)
-    C = int((ends - starts).max())  # longest completion
-    C += C == 2  # one token alone would take the kernels for decoding, which have no backward: padding goes with it
-    columns = starts[:, None] + torch.arange(C, device=device)  # (B, C) where in the batch they stand
-    inside = (columns < ends[:, None]).long()
-    completions = batch.input_ids.gather(1, columns.clamp(max=L - 1))  # (B, C)
-
-    last, cache, mask, positions = prefill(body, shared.model_inputs(), prompt_of_row)
+    if isinstance(shared, SharedPrompts):
+        prefix = run_prompts(body, shared.model_inputs())
+        shared = replace(Completions.of(batch, shared), prefix=prefix)
+    ids, inside = shared.ids, shared.inside
+    last, cache, mask, positions = shared.prefix.branch(shared.prompt_of_row)
     hidden = last[:, None]  # (B, 1, H): a prompt's last token predicts each completion's first
-    if C > 1:
+    if ids.shape[1] > 1:
         for layer in cache.layers:  # recurrent states stay: autograd needs what was read, nothing reads what would come
             if hasattr(layer, "update_recurrent_state"):
                 layer.update_recurrent_state = lambda states, *args, **kwargs: states
-        inputs = dict(input_ids=completions[:, :-1], attention_mask=torch.cat([mask, inside[:, :-1]], dim=1))
-        inputs["position_ids"] = positions + torch.arange(C - 1, device=device)
+        inputs = dict(input_ids=ids[:, :-1], attention_mask=torch.cat([mask, inside[:, :-1]], dim=1))
+        inputs["position_ids"] = positions + torch.arange(ids.shape[1] - 1, device=ids.device)
+        if recomputes(body):
+            cache = repeatable(cache)
         output = body(**inputs, past_key_values=cache, use_cache=True)
         hidden = torch.cat([hidden, output[0]], dim=1)  # (B, C, H)
-    trained = batch.loss_mask[:, 1:] != 0  # (B, T)
-    row, target = trained.nonzero(as_tuple=True)  # (N,) each; the target stands in column target + 1
-    place = target + 1 - starts[row]  # (N,) its place in the completion
-    scored = logprobs_of(hidden[row, place], completions[row, place])
-    logprobs, entropies = (values.new_zeros(B, L - 1).masked_scatter(trained, values) for values in scored)
+    scored = logprobs_of(hidden[shared.trained], ids[shared.trained])
+    place = (shared.trained[0], shared.columns)
+    logprobs, entropies = (values.new_zeros(len(ids), shared.T).index_put(place, values) for values in scored)
     return logprobs, entropies

@@ -31,7 +31,7 @@ HERE = Path(__file__).parent
 IMPOSSIBLE = {
     **dict.fromkeys(("learning_rate", "temperature", "max_grad_norm"), (0.0, -1.0, INF, NAN, "1", True)),
     **dict.fromkeys(("generation_timeout", "rollout_timeout", "vllm_server_timeout"), (0.0, -1.0, INF, NAN)),
-    **dict.fromkeys(("updates_per_batch", "micro_batch_size", "max_tokens", "log_every_steps"), (0, -1, 1.0, True)),
+    **dict.fromkeys(("updates_per_batch", "micro_batch_tokens", "max_tokens", "log_every_steps"), (0, -1, 1.0, True)),
     "max_image_pixels": (0, -1, 1e6),
     "max_concurrent": (0, -1),
     **dict.fromkeys(("max_steps", "eval_examples", "sync_to_vllm_every"), (-1, 0.5)),
@@ -157,6 +157,16 @@ def forwards(**settings):
     return len(calls)
 
 
+def layers_run(**settings):
+    """How often the language model's first layer runs for each micro-batch of an update."""
+    made, calls = trainer(share_prefix=False, micro_batch_tokens=1000, **settings), []
+    batch = made.adapter.build_batch(made.rollouts.collect())
+    made.policy.head_is_last = True  # finding that out would count
+    made.model.model.language_model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
+    made.update(batch)
+    return len(calls)
+
+
 def precision(**settings):
     """The type of what comes out of the head, in sampling and in training."""
     made, types = trainer(**settings), []
@@ -231,7 +241,8 @@ EFFECTS = {
     "rollouts_per_step": (8, 16, lambda **s: len(collected(**s)), [8, 16]),
     "rollouts_per_example": (4, 2, lambda **s: len({r["example_id"] for r in collected(**s)}), [2, 4]),
     "updates_per_batch": (1, 3, lambda **s: moved(**s)[2], [1, 3]),
-    "micro_batch_size": (8, 4, forwards, [1, 2]),
+    "micro_batch_tokens": (1000, 60, forwards, [1, 2]),
+    "gradient_checkpointing": (False, True, layers_run, [1, 2]),
     "share_prefix": (True, False, lambda **s: stepped(**s)[1]["shared_prefix_fraction"], [1.0, 0.0]),
     "temperature": (1.0, 0.3, lambda **s: round(stepped(**s)[1]["entropy"], 2)),
     "max_tokens": (3, 5, lambda **s: max(map(completion_length, collected(**s))), [3, 5]),

@@ -26,6 +26,7 @@ from checkpoint import published_weights, save_checkpoint
 from conftest import message, not_installed, picture
 from media import load_image, load_video
 from mm_grpo import MultimodalGRPOTrainer, MultimodalRLConfig, Policy, score
+from recompute import checkpoint_layers
 from shared_prefix import find_shared_prompts, micro_batches
 from test_multimodal_inputs import (
     ONE,
@@ -104,24 +105,29 @@ def test_another_picture_is_another_answer(family, made):
 
 @pytest.mark.parametrize("family", SEEING)
 def test_a_prompt_that_is_run_once_changes_no_logprob_and_no_gradient(family, made):
+    """Nor do activations that are made again in the backward."""
     model, adapter = made(family)
     batch = build(adapter, GROUPS)
     shared_prompts = find_shared_prompts(model, batch, adapter.placeholder_ids)
     assert len(shared_prompts.lengths) == len(ROWS)
     plain, plain_gradients = values_and_gradients(model, adapter, batch, None)
-    shared, gradients = values_and_gradients(model, adapter, batch, shared_prompts)
-    torch.testing.assert_close(shared, plain, rtol=0, atol=2e-5)  # SAME, magnified by a temperature of 0.7
-    assert gradients.keys() == plain_gradients.keys()
-    total = torch.stack([gradient.norm() for gradient in plain_gradients.values()]).norm()
-    for name, gradient in plain_gradients.items():
-        assert (gradients[name] - gradient).norm() <= 1e-4 * gradient.norm() + 1e-6 * total, name
+    for recompute in (False, True):
+        checkpoint_layers(model, recompute)
+        prompts = find_shared_prompts(model, batch, adapter.placeholder_ids) if recompute else shared_prompts
+        shared, gradients = values_and_gradients(model, adapter, batch, prompts)
+        torch.testing.assert_close(shared, plain, rtol=0, atol=2e-5)  # SAME, magnified by a temperature of 0.7
+        assert gradients.keys() == plain_gradients.keys()
+        total = torch.stack([gradient.norm() for gradient in plain_gradients.values()]).norm()
+        for name, gradient in plain_gradients.items():
+            assert (gradients[name] - gradient).norm() <= 1e-4 * gradient.norm() + 1e-6 * total, name
+    checkpoint_layers(model, False)
 
 
 @pytest.mark.parametrize("family", SEEING)
 def test_a_family_trains_in_this_process_without_a_line_of_code(family, tmp_path):
     """On shapes-env, with two pictures a prompt: on-policy at every first update, nothing dropped, pixels matter."""
     model, processor = make_tiny(family)
-    small = dict(rollouts_per_step=16, rollouts_per_example=4, micro_batch_size=8, max_tokens=3, eval_examples=0)
+    small = dict(rollouts_per_step=16, rollouts_per_example=4, micro_batch_tokens=300, max_tokens=3, eval_examples=0)
     config = MultimodalRLConfig(output_dir=str(tmp_path / "run"), learning_rate=1e-3, **small)
     adapter = ProcessorAdapter(processor, model.config)
     trainer = MultimodalGRPOTrainer(model, processor.tokenizer, adapter, config)
@@ -188,7 +194,7 @@ def test_rows_that_see_the_pictures_of_others_end_the_run():
     batch, everything = build(adapter, samples), torch.ones(4, dtype=torch.bool)
     policy = Policy(model, 1.0, adapter.placeholder_ids)
     with pytest.raises(ValueError, match=r"depend on the rows beside it .*\['pixel_values'\] cannot be joined"):
-        micro_batches(policy, batch, everything, MultimodalRLConfig(micro_batch_size=4))
+        micro_batches(policy, batch, everything, MultimodalRLConfig())
 
 
 @pytest.mark.skipif(not find_spec("torchvision"), reason="without torchvision nothing asks for a video part")
@@ -251,7 +257,7 @@ def test_video_of_frames_reaches_the_model_and_is_on_policy(family, tmp_path):
         other = adapter.encode_prompt(message(video(0, 3, 2, 1), "Which ?"))
         assert other.ids == encoded[0].ids  # nothing but the order of the frames differs
         assert (model(**adapter.prompt_inputs([other])).logits[0, -1] - batch[0]).abs().max() > 100 * SAME["atol"]
-    small = dict(rollouts_per_step=16, rollouts_per_example=4, micro_batch_size=8, max_tokens=3, eval_examples=0)
+    small = dict(rollouts_per_step=16, rollouts_per_example=4, micro_batch_tokens=300, max_tokens=3, eval_examples=0)
     config = MultimodalRLConfig(output_dir=str(tmp_path / "run"), **small)
     rows = Dataset.from_list([{"prompt": prompt, "answer": "red"} for prompt in prompts])
     env = vf.SingleTurnEnv(dataset=rows, rubric=vf.Rubric(funcs=[lambda completion: 1.0]))

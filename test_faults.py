@@ -388,7 +388,7 @@ sys.path.insert(0, HERE)
 from conftest import make_trainer
 from faults import is_out_of_memory
 made = make_trainer("qwen", env={"num_train_examples": 8}, rollouts_per_step=64, rollouts_per_example=8, max_tokens=200,
-                    micro_batch_size=64, share_prefix=False, max_grad_norm=1e9, learning_rate=1e-9)
+                    micro_batch_tokens=2**14, share_prefix=False, max_grad_norm=1e9, learning_rate=1e-9)
 batch = made.adapter.build_batch(made.rollouts.collect())
 gradients = []
 made.optimizer.register_step_pre_hook(lambda *_: gradients.append([p.grad.clone() for p in made.model.parameters()]))
@@ -402,11 +402,11 @@ for room in (2 ** k * 2**20 for k in range(10, 3, -1)):  # from 1 GB down, until
         limit(room)
         made.update(batch, on_policy=False)
         resource.setrlimit(resource.RLIMIT_AS, (-1, -1))
-    if made.micro_batch_size < 64:
+    if made.micro_batch_tokens < 2**14:
         break
 first, last = (torch.cat([g.flatten() for g in gradient]) for gradient in (gradients[0], gradients[-1]))
 said = sum("out of memory" in str(warning.message) for warning in said)
-print(made.micro_batch_size, said, float((first - last).norm() / first.norm()))
+print(made.micro_batch_tokens, said, float((first - last).norm() / first.norm()))
 """
 
 
@@ -424,7 +424,7 @@ def test_memory_that_runs_out_halves_the_micro_batches_and_not_the_gradient():
 def test_the_part_that_was_done_before_memory_ran_out_is_not_counted_twice():
     batch, gradients = None, []
     for ends in (False, True):
-        made, calls = trainer(micro_batch_size=4, max_grad_norm=1e9), []
+        made, calls = trainer(micro_batch_tokens=60, max_grad_norm=1e9), []
         batch = made.adapter.build_batch(made.rollouts.collect()) if batch is None else batch
         made.policy.sharing_is_exact = True  # finding that out would be a call
 
@@ -437,7 +437,7 @@ def test_the_part_that_was_done_before_memory_ran_out_is_not_counted_twice():
         head = made.model.lm_head.weight
         made.optimizer.register_step_pre_hook(lambda *_, head=head: gradients.append(head.grad.clone()))
         quietly(lambda made=made, batch=batch: made.update(batch))
-        assert made.micro_batch_size == (2 if ends else 4)
+        assert made.micro_batch_tokens == (30 if ends else 60)
     assert torch.allclose(*gradients, atol=1e-6) and gradients[0].abs().max() > 1e-4
 
 

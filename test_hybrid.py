@@ -35,7 +35,7 @@ from transformers.models.qwen3_5 import modeling_qwen3_5
 from conftest import make_tiny, message
 from local_server import LocalServer
 from mm_grpo import MultimodalBatch, MultimodalRLConfig, Policy, score
-from shared_prefix import find_shared_prompts, micro_batches, shared_fraction
+from shared_prefix import find_shared_prompts, micro_batches, run, shared_fraction
 from test_local_server import ask, ids_of, logprobs_of
 
 IMAGE, WORDS = 59, 50  # the placeholder's id; ids of words are below WORDS, and 0 is padding
@@ -336,7 +336,7 @@ def left_padding():
 
 UNSHAREABLE = {  # how it is made; why its prompts are not shared; why the cache of the server does not go on
     "no cache": (mamba2, "past_key_values", "past_key_values"),
-    "a cache of its own": (own_cache, "no attribute 'reorder_cache'", "no attribute 'reorder_cache'"),
+    "a cache of its own": (own_cache, "no attribute 'layers'", "no attribute 'layers'"),
     "quietly wrong in scoring": (jamba, "logprobs are off by .*the gradient by", None),
     "right but for the gradient": (detached, r"logprobs are off by \d.\de-(0[6-9]|10), the gradient by", None),
     "quietly wrong where padded": (left_padding, "logprobs are off by", "logprobs are off by"),
@@ -353,21 +353,22 @@ def unshareable(request):
 def test_scoring_of_a_model_that_cannot_share_is_the_plain_forward_and_says_so_once(unshareable, caplog):
     model, adapter, reason, _ = unshareable
     batch = adapter.build([(name, words(n)) for n in (6, 3) for name in ("text", "long")])
-    policy, config = Policy(model, 0.7, [IMAGE]), MultimodalRLConfig(micro_batch_size=4)
+    policy, config = Policy(model, 0.7, [IMAGE]), MultimodalRLConfig()
     everything = torch.ones(4, dtype=torch.bool)
     assert find_shared_prompts(model, batch, [IMAGE]) is not None  # nothing about the batch is in the way
     with pytest.warns(UserWarning) as caught, caplog.at_level("INFO", "mm_grpo"):
-        parts = micro_batches(policy, batch, everything, config)
+        blocks = micro_batches(policy, batch, everything, config)
     (said,) = [str(warning.message) for warning in caught if "every row runs its prompt" in str(warning.message)]
     assert re.search(f"^{type(model).__name__}: .*{reason}", said)
     assert policy.sharing_is_exact is False and "prompts are not shared" in caplog.text
     assert all(p.grad is None for p in model.parameters())  # nothing of the try is left
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        parts += micro_batches(policy, batch, everything, config)
-    assert shared_fraction(parts) == 0
+        blocks += micro_batches(policy, batch, everything, config)
+    assert shared_fraction(blocks) == 0
     plain, _ = score(model, batch, 0.7, [IMAGE], chunked=policy.head_is_last)
-    assert all(torch.equal(policy(part.batch, part.shared)[0], plain) for part in parts)
+    for part, logprobs, _ in run(policy, blocks):
+        assert torch.equal(logprobs, plain[part.rows])
 
 
 def test_generation_with_a_model_whose_cache_does_not_go_on_repeats_the_prompt(unshareable):

@@ -497,7 +497,7 @@ def conversations(request):
     the weights as they are. The stop token is likelier than they say: some replies end with it, others are cut off."""
     family, images_per_prompt = request.param
     env = dict(turns=2, images_per_prompt=images_per_prompt, num_train_examples=8, num_eval_examples=1)
-    small = dict(rollouts_per_step=32, rollouts_per_example=4, micro_batch_size=3, max_tokens=3)
+    small = dict(rollouts_per_step=32, rollouts_per_example=4, micro_batch_tokens=100, max_tokens=3)
     trainer = make_trainer(family, env, favoured="eos_token_id", by=2.5, **small)
     outputs = trainer.rollouts.collect()
     return trainer, outputs, trainer.adapter.build_batch(outputs)
@@ -849,10 +849,10 @@ def format_case(name):
 def test_any_modality_trains_and_micro_batches_change_neither_loss_nor_gradient(name):
     """A model of unknown family, in a trainer as it is configured by default."""
     results = []
-    for micro_batch_size in (5, 2, 1):
+    for micro_batch_tokens in (45, 18, 1):  # of rows of 9
         model, batch = format_case(name)
         before = [p.detach().clone() for p in model.parameters()]
-        config = MultimodalRLConfig(micro_batch_size=micro_batch_size, learning_rate=1e-2, mismatch_threshold=1.0)
+        config = MultimodalRLConfig(micro_batch_tokens=micro_batch_tokens, learning_rate=1e-2, mismatch_threshold=1.0)
         metrics = MultimodalGRPOTrainer(model, None, NoAdapter(None), config, server=object()).update(batch)
         assert not any(torch.equal(p, old) for p, old in zip(model.parameters(), before))
         gradients = [tensor.grad for tensor in batch.media.values() if tensor.requires_grad]

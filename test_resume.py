@@ -60,7 +60,7 @@ def bits(checkpoint: Path) -> dict[str, str]:
     "settings",
     [
         dict(updates_per_batch=2, beta=0.1, scale_rewards="batch"),
-        dict(env={**ENV, "turns": 2}, loss_type="gspo", micro_batch_size=3),
+        dict(env={**ENV, "turns": 2}, loss_type="gspo", micro_batch_tokens=150),
     ],
     ids=["with a reference policy", "two turns"],
 )
@@ -303,7 +303,7 @@ def test_a_setting_that_matters_and_is_another_is_named_and_refused(copied, name
 
 def test_settings_that_do_not_matter_may_change(copied):
     changed = dict(
-        max_steps=3, log_every_steps=1, micro_batch_size=2, eval_examples=0, save_total_limit=1, save_steps=5
+        max_steps=3, log_every_steps=1, micro_batch_tokens=99, eval_examples=0, save_total_limit=1, save_steps=5
     )
     assert set(changed) <= set(FREE)
     run(copied, resume_from_checkpoint="true", **changed)

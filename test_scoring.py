@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration
@@ -23,10 +23,11 @@ from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast
 
 import benchmark
 import output_head
-from conftest import DEMONSTRATIONS, make_tiny, make_trainer
+from conftest import DEMONSTRATIONS, make_tiny, make_trainer, peak_of_saved_bytes
 from mm_grpo import MultimodalBatch, MultimodalRLConfig, Policy, score, token_logprobs
 from output_head import head_is_last, in_chunks
-from shared_prefix import cut_along_prompts, find_shared_prompts, micro_batches
+from recompute import checkpoint_layers
+from shared_prefix import KEY_TOKENS, find_shared_prompts, micro_batches, within
 
 HERE = Path(__file__).parent
 GROUPS = dict(num_train_examples=8, num_eval_examples=1)  # of the shapes environment
@@ -187,7 +188,7 @@ def test_a_model_with_a_forward_of_its_own_around_the_head_keeps_it_and_says_so(
     expected = token_logprobs(own, batch.input_ids[:, 1:], 0.7, placeholders)
     expected = values_and_gradient(model, batch, expected)
     policy = Policy(model, 0.7, placeholders)
-    with pytest.warns(UserWarning, match=f"OwnForward: .*{NOT_LAST}.*micro_batch_size"):
+    with pytest.warns(UserWarning, match=f"OwnForward: .*{NOT_LAST}.*micro_batch_tokens"):
         assert not head_is_last(model, batch)
     with pytest.warns(UserWarning, match=NOT_LAST):
         assert_same(values_and_gradient(model, batch, policy(batch)), expected)
@@ -234,77 +235,145 @@ def test_a_model_that_names_no_body_or_no_head_keeps_its_own_forward_without_a_w
     assert_same(values_and_gradient(model, batch, Policy(model, 0.7, [4])(batch)), expected)
 
 
-# ---------------------------------------------------------------- micro-batches, cut along prompts
+# ---------------------------------------------------------------- micro-batches within a budget of tokens
 
 
 @settings(max_examples=200)
-@given(st.lists(st.integers(0, 5), min_size=1, max_size=40), st.integers(1, 10))
-def test_rows_are_cut_along_their_prompts(prompt_of_row, size):
-    parts = cut_along_prompts(prompt_of_row, size)
-    assert sorted(row for part in parts for row in part) == list(range(len(prompt_of_row)))  # each exactly once
-    assert all(0 < len(part) <= size for part in parts)
-    for prompt, n in Counter(prompt_of_row).items():
-        held = [sum(prompt_of_row[row] == prompt for row in part) for part in parts]
-        held = [count for count in held if count]
-        assert len(held) == -(-n // size)  # together where they fit
-        assert max(held) - min(held) <= 1  # else evenly
-    # as few parts as that allows, in order: no two neighbours fit into one
-    assert all(len(one) + len(next_) > size for one, next_ in zip(parts, parts[1:]))
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=40), st.integers(1, 200))
+def test_parts_stay_within_the_budget_padding_counted(widths, budget):
+    parts = within(budget, widths)
+    assert sorted(number for part in parts for number in part) == list(range(len(widths)))  # each exactly once
+    assert all(len(part) == 1 or len(part) * max(widths[i] for i in part) <= budget for part in parts)
+    assert [widths[i] for part in parts for i in part] == sorted(widths)  # little padding: like goes with like
+    # as few parts as that allows: what comes next would not have fitted
+    assert all((len(one) + 1) * widths[other[0]] > budget for one, other in zip(parts, parts[1:]))
 
 
 @pytest.mark.parametrize("share", [True, False])
-@pytest.mark.parametrize("size", [1, 3, 5, 16])
-def test_a_micro_batch_holds_its_rows_and_their_prompts(tiny, size, share):
+@pytest.mark.parametrize("tokens", [1, 50, 90, 10_000])
+def test_a_micro_batch_holds_its_rows_and_their_prompts(tiny, tokens, share):
     """Rows that have nothing to train are in none; where no row has, all are run, for the metrics."""
     model, adapter = tiny
     batch = make_batch(make_trainer(env=GROUPS, tiny=tiny, **SMALL))
     policy = Policy(model, 1.0, adapter.placeholder_ids)
-    config = MultimodalRLConfig(micro_batch_size=size, share_prefix=share)
+    config = MultimodalRLConfig(micro_batch_tokens=tokens, share_prefix=share)
     trains = torch.arange(16) % 7 != 2
     for rows, expected in ((trains, trains.nonzero()[:, 0].tolist()), (trains & False, list(range(16)))):
-        parts = micro_batches(policy, batch, rows, config)
-        assert sorted(torch.cat([part.rows for part in parts]).tolist()) == expected
-        assert all(len(part.rows) <= size and (part.shared is None or share) for part in parts)
-        assert any(part.shared for part in parts) == (share and size > 1)
-        for part in parts:
-            of_rows = batch.select(part.rows)
-            assert torch.equal(part.batch.input_ids, of_rows.input_ids)
-            if part.shared is None:
-                theirs, all_inputs = part.batch.model_inputs(), of_rows.model_inputs()
-                assert all(torch.equal(theirs[name], tensor) for name, tensor in all_inputs.items())
-                continue
-            assert not part.batch.media and len(part.shared.lengths) < len(part.rows)
-            own_prompts = part.shared.prompts.select(part.shared.prompt_of_row)
-            for name, pixels in own_prompts.model_inputs().items():
-                if name in batch.media_spans:
-                    assert torch.equal(pixels, of_rows.model_inputs()[name])
-            for row, prompt in enumerate(part.shared.prompt_of_row.tolist()):
-                start = int(of_rows.loss_mask[row].argmax())
-                assert part.shared.lengths[prompt] == start
-                assert torch.equal(own_prompts.input_ids[row, :start], of_rows.input_ids[row, :start])
+        blocks = micro_batches(policy, batch, rows, config)
+        assert sorted(row for block in blocks for part in block.parts for row in part.rows.tolist()) == expected
+        for block in blocks:
+            assert (block.prompts is not None) == share
+            if share:
+                K, P = len(block.prompts.lengths), int(block.prompts.lengths.max())
+                assert K == 1 or K * P <= tokens
+            for part in block.parts:
+                of_rows, n, L = batch.select(part.rows), *part.batch.input_ids.shape
+                assert torch.equal(part.batch.input_ids, of_rows.input_ids[:, :L])
+                assert (of_rows.attention_mask[:, L:] == 0).all() and part.batch.attention_mask[:, -1].any()
+                if not share:
+                    assert n == 1 or n * L <= tokens
+                    theirs, all_inputs = part.batch.model_inputs(), of_rows.model_inputs()
+                    by_token = all_inputs.keys() - batch.media_spans.keys()
+                    all_inputs |= {name: all_inputs[name][:, :L] for name in by_token}
+                    assert all(torch.equal(theirs[name], tensor) for name, tensor in all_inputs.items())
+                    continue
+                assert not part.batch.media and len(part.completions.ids) == n
+                longest = int((of_rows.attention_mask.sum(-1) - of_rows.loss_mask.argmax(-1)).max())
+                assert n == 1 or n * (longest + P // KEY_TOKENS) <= tokens
+                prompt_of_row = part.completions.prompt_of_row
+                own_prompts = block.prompts.prompts.select(prompt_of_row)
+                for name, pixels in own_prompts.model_inputs().items():
+                    if name in batch.media_spans:
+                        assert torch.equal(pixels, of_rows.model_inputs()[name])
+                for row, prompt in enumerate(prompt_of_row.tolist()):
+                    start = int(of_rows.loss_mask[row].argmax())
+                    assert block.prompts.lengths[prompt] == start
+                    assert torch.equal(own_prompts.input_ids[row, :start], of_rows.input_ids[row, :start])
+
+
+@pytest.fixture(scope="module", params=DEMONSTRATIONS)
+def updated(request):
+    """(trainer, batch, gradient, metrics): an update by the plain forward of each row alone; weights never change.
+
+    Completions of 1 to 12 tokens, as the stop token is likely; half of the rollouts have two turns.
+    """
+    small = dict(rollouts_per_step=16, rollouts_per_example=4, max_tokens=12, learning_rate=1e-9, max_grad_norm=1e9)
+    trainer = make_trainer(request.param, GROUPS, favoured="eos_token_id", by=2.0, beta=0.1, loss_type="grpo", **small)
+    batch = make_batch(trainer)
+    assert len(set(batch.loss_mask.sum(-1).tolist())) > 4
+    noise = torch.randn(batch.input_ids.shape, generator=torch.Generator().manual_seed(0)) / 2
+    batch.behavior_logprobs += noise * batch.loss_mask  # ratios on both sides of the clip
+    with torch.no_grad():
+        trainer.model.lm_head.weight.mul_(1.5)  # away from the reference
+    return trainer, batch, *update_of(trainer, batch, tokens=1, share=False)
+
+
+def update_of(trainer, batch, tokens, share):
+    """(gradient, metrics) of an update with these settings that leaves the weights as they are."""
+    trainer.micro_batch_tokens, trainer.config.share_prefix = tokens, share
+    gradient, step = [], trainer.optimizer.step
+
+    def instead():
+        gradient.extend(p.grad.flatten() for p in trainer.model.parameters() if p.grad is not None)
+
+    trainer.optimizer.step = instead
+    try:
+        metrics = trainer.update(batch, on_policy=False)
+    finally:
+        trainer.optimizer.step = step
+    return torch.cat(gradient), metrics
+
+
+@settings(max_examples=15)
+@given(tokens=st.one_of(st.integers(1, 300), st.just(10_000)), share=st.booleans(), recompute=st.booleans())
+@example(tokens=1, share=True, recompute=False)  # each prompt and each row alone
+@example(tokens=40, share=True, recompute=True)  # several micro-batches of a prompt, made again in the backward
+@example(tokens=10_000, share=True, recompute=True)
+def test_no_budget_changes_the_gradient_or_the_metrics(updated, tokens, share, recompute):
+    trainer, batch, expected_gradient, expected = updated
+    checkpoint_layers(trainer.model, recompute)
+    gradient, metrics = update_of(trainer, batch, tokens, share)
+    checkpoint_layers(trainer.model, False)
+    assert metrics["shared_prefix_fraction"] == float(share)
+    # float32 sums of a few thousand terms in another order
+    assert (gradient - expected_gradient).norm() <= 1e-5 * expected_gradient.norm()
+    same = {name: value for name, value in expected.items() if name != "shared_prefix_fraction"}
+    assert {name: metrics[name] for name in same} == pytest.approx(same, rel=1e-5, abs=1e-6)
 
 
 @pytest.mark.parametrize("share", [True, False])
-def test_the_shared_prefix_fraction_tells_the_truth(share):
-    trainer = make_trainer("qwen", GROUPS, micro_batch_size=8, share_prefix=share, **SMALL)
+def test_a_prompt_is_run_once_an_update_whatever_the_micro_batch(share):
+    trainer = make_trainer("qwen", GROUPS, share_prefix=share, **SMALL)
     batch = make_batch(trainer)
     trainer.update(batch)  # the first one also tries the output head, on one row
-    encoded = []  # images that the vision tower sees
+    encoded, came_back = [], []  # images that the vision tower sees, on the way there and back
 
     def count(module, args, kwargs):
         encoded.append(len(kwargs["grid_thw"]))
 
-    trainer.model.model.visual.register_forward_pre_hook(count, with_kwargs=True)
-    assert trainer.update(batch)["shared_prefix_fraction"] == float(share)
-    assert sum(encoded) == (4 if share else 16)
-    # a group that does not fit is cut evenly: 4 rows in parts of at most 3 are 2 and 2, and each runs the prompt once
-    encoded.clear()
-    trainer.micro_batch_size = 3
-    assert trainer.update(batch)["shared_prefix_fraction"] == float(share)
-    assert sum(encoded) == (8 if share else 16)
-    # a row alone shares with nobody
-    trainer.micro_batch_size = 1
-    assert trainer.update(batch)["shared_prefix_fraction"] == 0
+    visual = trainer.model.model.visual
+    visual.register_forward_pre_hook(count, with_kwargs=True)
+    visual.blocks[0].norm1.register_full_backward_hook(lambda *_: came_back.append(1))
+    for tokens in (8192, 60, 1):
+        encoded.clear(), came_back.clear()
+        trainer.micro_batch_tokens = tokens
+        assert trainer.update(batch)["shared_prefix_fraction"] == float(share)
+        assert sum(encoded) == (4 if share else 16)
+        assert len(came_back) == len(encoded)
+
+
+def test_what_is_kept_for_the_backward_does_not_grow_with_the_group():
+    """Bytes that autograd holds at once: of the prompts that run together and one micro-batch, whatever G."""
+    peaks = {}
+    for G in (8, 32):
+        trainer = make_trainer("qwen", GROUPS, rollouts_per_step=2 * G, rollouts_per_example=G, max_tokens=12)
+        batch = make_batch(trainer)
+        trainer.update(batch)  # tries the output head and the shared prompts
+        for tokens in (100, 10_000):
+            trainer.micro_batch_tokens = tokens
+            peaks[G, tokens] = peak_of_saved_bytes(lambda trainer=trainer, batch=batch: trainer.update(batch, False))
+    assert peaks[32, 100] <= 1.15 * peaks[8, 100]
+    assert peaks[32, 10_000] > 2 * peaks[8, 10_000]  # what is measured is there
 
 
 # ---------------------------------------------------------------- what an update does not do again
@@ -314,7 +383,7 @@ def test_the_shared_prefix_fraction_tells_the_truth(share):
 def test_an_update_validates_nothing_again_and_looks_at_few_values(family, monkeypatch):
     """A batch is validated when it is made. Each look at a tensor's values waits for a GPU, so an update's looks grow
     with its micro-batches, not with its rows; the media of a group, stored once, are not copied."""
-    settings = dict(rollouts_per_step=128, rollouts_per_example=8, micro_batch_size=8, max_tokens=3)
+    settings = dict(rollouts_per_step=128, rollouts_per_example=8, micro_batch_tokens=100, max_tokens=3)
     trainer = make_trainer(family, {**GROUPS, "num_train_examples": 16}, **settings)
     batch = make_batch(trainer)
     trainer.update(batch)  # the first one also tries the output head and the shared prompts, on a few rows

@@ -16,14 +16,22 @@ HERE = Path(__file__).parent
 MAY_IMPORT = {
     "mm_grpo": {
         *("checkpoint", "checks", "command_line", "faults", "local_server", "media", "output_head", "report"),
-        *("rollouts", "rows", "shared_prefix", "vllm_server", "adapters"),  # adapters in main() alone: the one circle
+        *(
+            "recompute",
+            "rollouts",
+            "rows",
+            "shared_prefix",
+            "vllm_server",
+            "adapters",
+        ),  # adapters in main() alone: the one circle
     },
     "adapters": {"checkpoint", "mm_grpo", "media", "rows", "tiny_vlm"},
     "rows": {"checks"},
     "rollouts": {"media"},
     "local_server": {"shared_prefix"},
     "vllm_server": {"checkpoint"},
-    "shared_prefix": {"faults"},
+    "shared_prefix": {"faults", "recompute"},
+    "recompute": set(),
     "output_head": set(),
     "media": {"checks"},
     "checkpoint": set(),
