@@ -17,7 +17,8 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlavaForConditionalGeneration
 from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast
 
@@ -379,41 +380,61 @@ def test_what_is_kept_for_the_backward_does_not_grow_with_the_group():
 # ---------------------------------------------------------------- what an update does not do again
 
 
+class Looks(TorchDispatchMode):
+    """Counts what waits for a GPU when its tensors are there: values that are read, shapes that depend on values. Of
+    this project's lines alone; what a model's forward does is its own affair."""
+
+    WAITS = ("local_scalar_dense", "nonzero", "unique", "masked_select", "equal", "is_nonzero")
+
+    def __init__(self):
+        super().__init__()
+        self.lines, self.copies = Counter(), 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name, frame = func.overloadpacket.__name__.strip("_"), sys._getframe(1)
+        while "/torch/" in frame.f_code.co_filename:
+            frame = frame.f_back
+        place = Path(frame.f_code.co_filename)
+        by_mask = name == "index" and any(index is not None and index.dtype == torch.bool for index in args[1])
+        if place.parent == HERE and (by_mask or name.startswith(self.WAITS)):
+            self.lines[f"{place.name} {frame.f_code.co_name} {name}"] += 1
+        self.copies += name == "cat" and place.name == "media.py"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("share", [True, False])
 @pytest.mark.parametrize("family", DEMONSTRATIONS)
-def test_an_update_validates_nothing_again_and_looks_at_few_values(family, monkeypatch):
-    """A batch is validated when it is made. Each look at a tensor's values waits for a GPU, so an update's looks grow
-    with its micro-batches, not with its rows; the media of a group, stored once, are not copied."""
-    settings = dict(rollouts_per_step=128, rollouts_per_example=8, micro_batch_tokens=100, max_tokens=3)
-    trainer = make_trainer(family, {**GROUPS, "num_train_examples": 16}, **settings)
+def test_no_micro_batch_waits_for_the_device(family, share, monkeypatch):
+    """An update reads its tensors' values when it lays out the micro-batches, which is on the CPU, and once at its end:
+    the metrics and the gradient's norm. In between, however many micro-batches there are, there is no look at a value
+    of theirs; media of a group, stored once, are not copied; a batch, validated when it is made, is not again.
+    """
+    settings = dict(rollouts_per_step=64, rollouts_per_example=32, max_tokens=3, share_prefix=share, beta=0.1)
+    trainer = make_trainer(family, GROUPS, **settings)
     batch = make_batch(trainer)
     trainer.update(batch)  # the first one also tries the output head and the shared prompts, on a few rows
-    calls = Counter()  # from a file of this project; what a model's forward does is its own affair
-
-    def count(owner, name):
-        original = getattr(owner, name)
-
-        def counted(*args, **kwargs):
-            file = Path(sys._getframe(1).f_code.co_filename)
-            if file.parent == HERE:
-                calls[name, file.name] += 1
-                calls[name] += 1
-            return original(*args, **kwargs)
-
-        monkeypatch.setattr(owner, name, counted)
-
-    for name in ("tolist", "item", "__bool__", "__int__", "__float__"):
-        count(Tensor, name)
-    count(torch, "cat")
-    validations = []
-    validate = MultimodalBatch.__post_init__
-    monkeypatch.setattr(MultimodalBatch, "__post_init__", lambda batch: validations.append(batch) or validate(batch))
-    trainer.update(batch)
+    config, rows, parts, validations = trainer.config, torch.ones(64, dtype=torch.bool), [], []
+    monkeypatch.setattr(MultimodalBatch, "__post_init__", validations.append)
+    whole = dict(behavior_logprobs=batch.behavior_logprobs[:, 1:], advantages=batch.rewards)
+    whole["weights"] = batch.loss_mask[:, 1:].float()
+    for tokens in (10_000, 50):
+        blocks = micro_batches(trainer.policy, batch, rows, config, tokens)
+        parts.append(sum(len(block.parts) for block in blocks))
+        with Looks() as looks:
+            trainer.backward(blocks, dict(whole))
+        # a block's longest prompt, for the policy and for the reference: lengths stay on the CPU
+        assert looks.lines.total() == (2 * len(blocks) if share else 0) and len(looks.lines) <= 1
+        assert not share or not looks.copies
+    assert parts[0] <= 2 and parts[1] >= 8
+    with Looks() as looks:
+        trainer.update(batch, on_policy=False)
+    read = {line.split()[1] for line in looks.lines if line.startswith("mm_grpo.py")}
+    assert not read & {"backward", "loss", "grpo_loss", "policy_term", "k3", "masked_mean", "score", "token_logprobs"}
+    assert not validations
+    with Looks() as looks:  # what is counted is there
+        bool(torch.ones(1)), torch.ones(3)[torch.ones(3) > 0], torch.ones(3).nonzero(), torch.ones(1).item()
+    assert looks.lines.total() >= 4
     monkeypatch.undo()
-    rows, parts = 128, 16
-    assert not validations and calls["cat", "media.py"] == 0
-    assert 0 < calls["tolist"] < rows  # two tensors of media, asked for their spans a few times in each part
-    assert 0 < calls["__bool__"] < 2 * parts  # one a group, for equal rewards
-    assert calls["item"] == 1 and calls["__int__"] <= 2 * parts + 1 and calls["__float__"] == 0
     assert replace(batch).rewards is batch.rewards  # replace makes a batch, and that is validated
     with pytest.raises(ValueError, match="rewards: expected shape"):
         replace(batch, rewards=batch.rewards[:3])
