@@ -52,6 +52,7 @@ from command_line import one_line_errors, parse_arguments
 from faults import RunStopped, after_pauses, deferred_signals, halving, stop_where_skipped
 from local_server import LocalServer
 from media import select_spans, take_spans
+from optimizers import OPTIMIZERS, SCHEDULES, learning_rates, make_optimizer
 from output_head import head_is_last, in_chunks
 from report import Clock, RunLog, quiet_libraries, reward_metrics, rollout_metrics, zero_spread_fraction
 from rollouts import PLACEHOLDER_BIAS, Rollouts, RolloutsAhead, Server
@@ -404,7 +405,10 @@ class MultimodalRLConfig:
     save_steps: AtLeast0 = option(100, "steps between checkpoints; 0: only where the run ends")
     save_total_limit: AtLeast0 = option(3, "keep the newest so many checkpoints; 0: all")
     eval_steps: AtLeast0 = option(0, "steps between evaluations during training; 0: none")
-    learning_rate: Positive = option(1e-6, "AdamW's learning rate (constant)")
+    learning_rate: Positive = option(1e-6, "AdamW's learning rate, the largest of the schedule")
+    lr_scheduler_type: Literal[SCHEDULES] = option("constant", "linear and cosine fall to zero at max_steps")
+    warmup_steps: AtLeast0 = option(0, "steps in which the rate rises to learning_rate; not where it is constant")
+    optim: Literal[OPTIMIZERS] = option("adamw_torch", "adamw_8bit (bitsandbytes): 2 bytes of state a parameter for 8")
     weight_decay: NotNegative = option(0.0, "AdamW's weight decay")
     max_steps: AtLeast0 = option(500, "steps: one collects rollouts_per_step rollouts and trains on them")
     rollouts_per_step: AtLeast1 = option(128, "rollouts a step, a multiple of rollouts_per_example")
@@ -412,9 +416,7 @@ class MultimodalRLConfig:
     updates_per_batch: AtLeast1 = option(1, "optimizer steps on each batch; above 1 off-policy, the clip matters")
     micro_batch_size: AtLeast1 = option(8, "rows a forward pass; changes memory and speed, not the gradient")
     share_prefix: bool = option(True, "run each distinct prompt of a micro-batch once; same numbers, less work")
-    temperature: Annotated[float, Field(ge=1e-6, allow_inf_nan=False)] = option(
-        1.0, "sampling temperature; logprobs use it too"
-    )
+    temperature: Annotated[float, Field(ge=1e-6, allow_inf_nan=False)] = option(1.0, "of sampling; logprobs use it too")
     max_tokens: AtLeast1 = option(512, "longest completion of one turn, in tokens")
     max_concurrent: AtLeast1 = option(512, "rollouts in flight at once on a vLLM server")
     rollout_timeout: Positive = option(3600.0, "seconds until a rollout, its reward included, is given up")
@@ -453,9 +455,10 @@ class MultimodalRLConfig:
     def __post_init__(self) -> None:
         check_types(self)
         self.env_args, self.processor_kwargs = json_object(self, "env_args"), json_object(self, "processor_kwargs")
-        G = self.rollouts_per_example
-        rule = f"must be a multiple of rollouts_per_example={G}"
-        check_setting(self, "rollouts_per_step", self.rollouts_per_step % G == 0, rule)
+        rule = f"must be a multiple of rollouts_per_example={self.rollouts_per_example}"
+        check_setting(self, "rollouts_per_step", self.rollouts_per_step % self.rollouts_per_example == 0, rule)
+        rule = "must be 0 with lr_scheduler_type='constant', which ignores it; or take 'constant_with_warmup'"
+        check_setting(self, "warmup_steps", not self.warmup_steps or self.lr_scheduler_type != "constant", rule)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -537,17 +540,13 @@ class MultimodalGRPOTrainer:
     env = property(lambda self: self.rollouts.env, lambda self, env: setattr(self.rollouts, "env", env))
 
     def __init__(self, model, tokenizer, adapter, config: MultimodalRLConfig, env=None, server: Server | None = None):
-        self.model, self.tokenizer, self.adapter, self.config = model, tokenizer, adapter, config
+        self.model, self.tokenizer, self.adapter, self.config = model.eval(), tokenizer, adapter, config
         self.device = next(model.parameters()).device
-        model.eval()
         self.policy = Policy(model, config.temperature, adapter.placeholder_ids, config.bf16)
         self.ref_policy = copy.deepcopy(self.policy).requires_grad_(False) if config.beta > 0 else None
-        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self.optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
-        if server is None:
-            kind = LocalServer if config.vllm_server_host is None else VLLMServer
-            server = kind.from_config(model, adapter, config)
-        self.server = server
+        self.optimizer, self.learning_rate = make_optimizer(model.parameters(), config), learning_rates(config)
+        kind = LocalServer if config.vllm_server_host is None else VLLMServer
+        self.server = server = server or kind.from_config(model, adapter, config)
         self.micro_batch_size, self.skipped = config.micro_batch_size, 0  # as memory allows; skipped updates in a row
         self.clock = Clock()
         kind = RolloutsAhead if config.async_rollouts else Rollouts
@@ -586,6 +585,7 @@ class MultimodalGRPOTrainer:
         config = self.config
         if config.mask_truncated_completions:
             batch = without_truncated(batch)
+        self.optimizer.param_groups[0]["lr"] = self.learning_rate(self.policy.version)  # of all updates on the batch
         weights = token_weights(batch.loss_mask[:, 1:], config.loss_type, config.max_tokens)  # (B, T)
         whole = {  # what the loss is made of; a micro-batch takes its rows
             "behavior_logprobs": batch.behavior_logprobs[:, 1:].to(self.device),  # (B, T)
@@ -618,7 +618,7 @@ class MultimodalGRPOTrainer:
             "zero_spread_fraction": zero_spread_fraction(batch),
             "shared_prefix_fraction": shared_fraction(parts(self.micro_batch_size)),
             "trained_tokens": int((batch.loss_mask != 0).sum()),
-            "learning_rate": config.learning_rate,
+            "learning_rate": self.optimizer.param_groups[0]["lr"],
         }
 
     def backward(self, parts: list[MicroBatch], whole: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
