@@ -17,8 +17,10 @@ from safetensors.torch import load, save
 from torch import nn
 from transformers import get_scheduler
 
+from adapters import ADAPTERS
+from command_line import parse_arguments
 from conftest import make_trainer, needs
-from mm_grpo import MultimodalRLConfig, main
+from mm_grpo import DEMO, MultimodalRLConfig, main
 from optimizers import FALLING, OPTIMIZERS, SCHEDULES, learning_rates, load_state_tensors, make_optimizer, state_tensors
 
 HERE = Path(__file__).parent
@@ -114,9 +116,9 @@ def test_rate_and_decay_are_those_of_the_config_and_frozen_parameters_are_left_o
 def test_a_missing_package_is_one_line_with_the_field_and_the_command(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
-    command = ["--adapter", "qwen", "--optim", "adamw_8bit", "--output_dir", str(tmp_path / "out")]
+    command = ["--adapter", "qwen", "--optim", "adamw_8bit", "--max_steps", "0", "--eval_examples", "0"]
     with pytest.raises(SystemExit) as end, contextlib.redirect_stderr(io.StringIO()) as screen:
-        main(command)
+        main([*command, "--output_dir", str(tmp_path / "out")])
     said = "mm_grpo.py: error: optim='adamw_8bit': needs a package: pip install bitsandbytes==0.50.2"
     assert end.value.code == 2 and screen.getvalue().splitlines()[-1] == said
 
@@ -155,6 +157,13 @@ def test_all_updates_of_a_step_have_its_rate_and_the_metrics_say_it():
     assert not torch.equal(weight, before) and torch.isfinite(weight).all()
     assert said == pytest.approx([0, 1e-3, 1e-3 * 2 / 3, 1e-3 / 3])
     assert used == [rate for rate in said for _ in range(2)]
+
+
+def test_the_demonstrations_rate_falls_from_its_largest_in_a_straight_line():
+    config, _ = parse_arguments(MultimodalRLConfig, DEMO, "", ADAPTERS, ["--adapter", "qwen"])
+    rate = learning_rates(config)
+    assert config.max_steps == 250 and config.optim == "adamw_torch"
+    assert [rate(step) for step in (0, 125, 249)] == pytest.approx([1e-3, 5e-4, 1e-3 / 250])
 
 
 # ---------------------------------------------------------------- its state
