@@ -27,6 +27,8 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 from transformers.utils import is_torchvision_available
 
+from optimizers import FALLING, load_state_tensors, state_tensors
+
 STATE = "trainer_state.json"
 DOOMED = "trainer_state.json.deleted"  # its name while the checkpoint is deleted
 UNFINISHED = "unfinished"  # ends the name of a folder that is being written
@@ -175,9 +177,8 @@ class RunState:
 
     def save_pretrained(self, folder: Path) -> None:
         """Write the optimizer's state, the random states and the facts."""
-        states = self.trainer.optimizer.state_dict()["state"]
-        tensors = {f"{i}.{name}": tensor for i, state in states.items() for name, tensor in state.items()}
-        save_file(tensors, folder / "optimizer.state")  # another suffix: vLLM takes every *.safetensors for weights
+        # another suffix: vLLM takes every *.safetensors for weights
+        save_file(state_tensors(self.trainer.optimizer), folder / "optimizer.state")
         numpy_state = [part.tolist() if hasattr(part, "tolist") else part for part in np.random.get_state()]
         torch_states = [state.tolist() for state in (torch.get_rng_state(), *torch.cuda.get_rng_state_all())]
         randomness = {"python": random.getstate(), "numpy": numpy_state, "torch": torch_states}
@@ -229,8 +230,9 @@ class RunState:
             raise ValueError(f"resume_from_checkpoint={name!r}: no checkpoint of output_dir={str(self.folder)!r}")
         if newer := [path.name for path in whole if step_of(path) > saved["step"]]:
             raise ValueError(f"resume_from_checkpoint={name!r}: there are newer ones, {newer}; resume from the last")
-        now = self.facts()
-        if changed := changed_settings(saved["settings"], now["settings"], FREE):
+        now, falls = self.facts(), self.config.lr_scheduler_type in FALLING
+        free = tuple(name for name in FREE if name != "max_steps" or not falls)  # every rate follows from it there
+        if changed := changed_settings(saved["settings"], now["settings"], free):
             raise ValueError(
                 f"resume_from_checkpoint={name!r}: not the run's settings: {'; '.join(changed)} (a new run from its "
                 f"weights: --model {folder})"
@@ -248,11 +250,7 @@ class RunState:
         else:
             weights = torch.load(folder / "model.pt", weights_only=True)
         model.load_state_dict(weights)
-        states: dict[int, dict[str, Tensor]] = {}
-        for name, tensor in load_file(folder / "optimizer.state").items():
-            number, _, field = name.partition(".")
-            states.setdefault(int(number), {})[field] = tensor
-        optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
+        load_state_tensors(optimizer, load_file(folder / "optimizer.state"))
         number, words, gauss = randomness["python"]
         random.setstate((number, tuple(words), gauss))
         np.random.set_state(tuple(randomness["numpy"]))

@@ -135,6 +135,12 @@ def not_installed(family: str) -> str:
     return "" if os.environ.get("CI") else ", ".join(name for name in NEEDS.get(family, ()) if not find_spec(name))
 
 
+def needs(package: str) -> pytest.MarkDecorator:
+    """Skips a test where this package is not installed; in CI none may be missing."""
+    missing = not (os.environ.get("CI") or find_spec(package))
+    return pytest.mark.skipif(missing, reason=f"{package} is not installed")
+
+
 def favour(model, token: int, by: float) -> None:
     """Give a model an output head for which the logit of this token is `by` above what the weights say."""
     head = nn.Linear(*model.lm_head.weight.T.shape)

@@ -35,7 +35,6 @@ import contextlib
 import copy
 import functools
 import math
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -53,6 +52,7 @@ from command_line import one_line_errors, parse_arguments
 from faults import RunStopped, after_pauses, deferred_signals, halving, stop_where_skipped
 from local_server import LocalServer
 from media import select_spans, take_spans
+from optimizers import OPTIMIZERS, SCHEDULES, clip_and_step, learning_rates, make_optimizer
 from output_head import head_is_last, in_chunks
 from recompute import checkpoint_layers
 from report import Clock, RunLog, quiet_libraries, reward_metrics, rollout_metrics, zero_spread_fraction
@@ -409,7 +409,10 @@ class MultimodalRLConfig:
     save_steps: AtLeast0 = option(100, "steps between checkpoints; 0: only where the run ends")
     save_total_limit: AtLeast0 = option(3, "keep the newest so many checkpoints; 0: all")
     eval_steps: AtLeast0 = option(0, "steps between evaluations during training; 0: none")
-    learning_rate: Positive = option(1e-6, "AdamW's learning rate (constant)")
+    learning_rate: Positive = option(1e-6, "AdamW's learning rate, the largest of the schedule")
+    lr_scheduler_type: Literal[SCHEDULES] = option("constant", "linear and cosine fall to zero at max_steps")
+    warmup_steps: AtLeast0 = option(0, "steps in which the rate rises to learning_rate; not where it is constant")
+    optim: Literal[OPTIMIZERS] = option("adamw_torch", "adamw_8bit (bitsandbytes): 2 bytes of state a parameter for 8")
     weight_decay: NotNegative = option(0.0, "AdamW's weight decay")
     max_steps: AtLeast0 = option(500, "steps: one collects rollouts_per_step rollouts and trains on them")
     rollouts_per_step: AtLeast1 = option(128, "rollouts a step, a multiple of rollouts_per_example")
@@ -418,7 +421,7 @@ class MultimodalRLConfig:
     micro_batch_tokens: AtLeast1 = option(8192, "tokens a forward pass; changes memory and speed, not the gradient")
     gradient_checkpointing: bool = option(False, "make activations again in the backward: slower, much less memory")
     share_prefix: bool = option(True, "run each distinct prompt once an update; same numbers, less work")
-    temperature: Annotated[float, Field(ge=1e-6, allow_inf_nan=False)] = option(1.0, "of the sampling and the logprobs")
+    temperature: Annotated[float, Field(ge=1e-6, allow_inf_nan=False)] = option(1.0, "of sampling; logprobs use it too")
     max_tokens: AtLeast1 = option(512, "longest completion of one turn, in tokens")
     max_concurrent: AtLeast1 = option(512, "rollouts in flight at once on a vLLM server")
     rollout_timeout: Positive = option(3600.0, "seconds until a rollout, its reward included, is given up")
@@ -457,9 +460,10 @@ class MultimodalRLConfig:
     def __post_init__(self) -> None:
         check_types(self)
         self.env_args, self.processor_kwargs = json_object(self, "env_args"), json_object(self, "processor_kwargs")
-        G = self.rollouts_per_example
-        rule = f"must be a multiple of rollouts_per_example={G}"
-        check_setting(self, "rollouts_per_step", self.rollouts_per_step % G == 0, rule)
+        rule = f"must be a multiple of rollouts_per_example={self.rollouts_per_example}"
+        check_setting(self, "rollouts_per_step", self.rollouts_per_step % self.rollouts_per_example == 0, rule)
+        rule = "must be 0 with lr_scheduler_type='constant', which ignores it; or take 'constant_with_warmup'"
+        check_setting(self, "warmup_steps", not self.warmup_steps or self.lr_scheduler_type != "constant", rule)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -508,8 +512,7 @@ def score(
         batch: on the model's device.
         temperature: of the sampling.
         placeholder_ids: ids that were asked for with a logit_bias of -100.
-        shared: from `find_shared_prompts`, to run each distinct prompt once, or the completions of prompts that were
-            run before. Same numbers at trained tokens.
+        shared: from `find_shared_prompts`, to run each distinct prompt once; same numbers at trained tokens.
         chunked: run the model's body, then its output head on a chunk of tokens at a time; else the model's own
             forward. None: find out whether that is the same (`head_is_last`).
 
@@ -550,20 +553,15 @@ class MultimodalGRPOTrainer:
     env = property(lambda self: self.rollouts.env, lambda self, env: setattr(self.rollouts, "env", env))
 
     def __init__(self, model, tokenizer, adapter, config: MultimodalRLConfig, env=None, server: Server | None = None):
-        self.model, self.tokenizer, self.adapter, self.config = model, tokenizer, adapter, config
-        self.device = next(model.parameters()).device
-        model.eval()
+        self.model, self.tokenizer, self.adapter, self.config = model.eval(), tokenizer, adapter, config
+        self.device, self.clock = next(model.parameters()).device, Clock()
         checkpoint_layers(model, config.gradient_checkpointing)
         self.policy = Policy(model, config.temperature, adapter.placeholder_ids, config.bf16)
         self.ref_policy = copy.deepcopy(self.policy).requires_grad_(False) if config.beta > 0 else None
-        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self.optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
-        if server is None:
-            kind = LocalServer if config.vllm_server_host is None else VLLMServer
-            server = kind.from_config(model, adapter, config)
-        self.server = server
+        self.optimizer, self.learning_rate = make_optimizer(model.parameters(), config), learning_rates(config)
+        kind = LocalServer if config.vllm_server_host is None else VLLMServer
+        self.server = server = server or kind.from_config(model, adapter, config)
         self.micro_batch_tokens, self.skipped = config.micro_batch_tokens, 0  # as memory allows; updates in a row
-        self.clock = Clock()
         kind = RolloutsAhead if config.async_rollouts else Rollouts
         self.rollouts = kind(self.policy, adapter, server, config, self.clock, env)
 
@@ -576,16 +574,15 @@ class MultimodalGRPOTrainer:
     def step(self) -> dict[str, float]:
         """Collect, build, update, sync. Returns the step's metrics (the README's glossary says what they mean)."""
         self.clock.restart()
-        outputs = self.rollouts.collect()
-        lag = self.rollouts.lag
+        outputs, lag = self.rollouts.collect(), self.rollouts.lag
         with deferred_signals():  # a step is trained whole or not at all
             with self.clock("update"):
                 batch = self.adapter.build_batch(outputs)
                 metrics = self.update(batch, on_policy=lag == 0)
             self.policy.version += 1
             self.rollouts.sync_when_due()
-        metrics = {"step": self.policy.version, **rollout_metrics(outputs, batch), **metrics, "lag": lag}
-        return {**metrics, **self.clock.metrics()}
+        metrics = {**rollout_metrics(outputs, batch), **metrics, "lag": lag, **self.clock.metrics()}
+        return {"step": self.policy.version, **metrics}
 
     def update(self, batch: MultimodalBatch, on_policy: bool = True) -> dict[str, float]:
         """Train on one batch: `updates_per_batch` optimizer steps.
@@ -598,8 +595,8 @@ class MultimodalGRPOTrainer:
             The metrics of the first update, and those of the last one as `last_update/...`.
         """
         config = self.config
-        if config.mask_truncated_completions:
-            batch = without_truncated(batch)
+        batch = without_truncated(batch) if config.mask_truncated_completions else batch
+        self.optimizer.param_groups[0]["lr"] = self.learning_rate(self.policy.version)  # of all updates on the batch
         weights = token_weights(batch.loss_mask[:, 1:], config.loss_type, config.max_tokens)  # (B, T)
         whole = {  # what the loss is made of; a micro-batch takes its rows
             "behavior_logprobs": batch.behavior_logprobs[:, 1:].to(self.device),  # (B, T)
@@ -622,7 +619,8 @@ class MultimodalGRPOTrainer:
             history.append(dict(zip(values, torch.stack(list(values.values())).tolist())))
             if i == 0 and on_policy:
                 self.rollouts.check_on_policy(history[0]["logprob_difference"], self.optimizer.zero_grad)
-            history[-1]["grad_norm"] = self.optimizer_step()
+            history[-1]["grad_norm"] = clip_and_step(self.optimizer, config.max_grad_norm)
+            self.skipped = 0 if math.isfinite(history[-1]["grad_norm"]) else self.skipped + 1
             stop_where_skipped(self.skipped, vars(batch), config.output_dir)
         drifted = history[-1] if len(history) > 1 else {}  # the first update is on-policy, later ones are not
         return {
@@ -632,7 +630,7 @@ class MultimodalGRPOTrainer:
             "zero_spread_fraction": zero_spread_fraction(batch),
             "shared_prefix_fraction": shared_prefix.shared_fraction(blocks(self.micro_batch_tokens)),
             "trained_tokens": int((batch.loss_mask != 0).sum()),
-            "learning_rate": config.learning_rate,
+            "learning_rate": self.optimizer.param_groups[0]["lr"],
         }
 
     def backward(self, blocks: list[Block], whole: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -653,17 +651,6 @@ class MultimodalGRPOTrainer:
         """`grpo_loss` with this run's settings, which have the same names."""
         names = ("loss_type", "clip_low", "clip_high", "mask_ratio_low", "mask_ratio_high", "beta")
         return grpo_loss(logprobs, **of_batch, **{name: getattr(self.config, name) for name in names})
-
-    def optimizer_step(self) -> float:
-        """Clip the gradient, step, forget it; one that is not finite changes nothing. Returns its norm."""
-        grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm).item()
-        self.skipped = 0 if math.isfinite(grad_norm) else self.skipped + 1
-        if self.skipped == 0:
-            self.optimizer.step()
-        else:
-            warnings.warn(f"grad_norm={grad_norm}: this update is skipped, the weights stay as they are")
-        self.optimizer.zero_grad(set_to_none=True)
-        return grad_norm
 
     def evaluate(self) -> dict[str, float]:
         """Greedy rollouts of the first `eval_examples` evaluation examples: mean reward, mean of each metric."""
@@ -734,8 +721,8 @@ def without_truncated(batch: MultimodalBatch) -> MultimodalBatch:
 # Command line
 
 # A run that fits a tiny model with random weights: what --demo sets, and what holds where no --model is given
-DEMO = {"learning_rate": 5e-4, "max_steps": 400, "rollouts_per_example": 4, "updates_per_batch": 3, "max_tokens": 3}
-DEMO |= {"scale_rewards": "batch", "beta": 0.1}
+DEMO = {"learning_rate": 1e-3, "lr_scheduler_type": "linear", "max_steps": 250, "rollouts_per_example": 4}
+DEMO |= {"updates_per_batch": 3, "max_tokens": 3, "scale_rewards": "batch", "beta": 0.1}
 
 
 def main(argv: Sequence[str] | None = None) -> None:

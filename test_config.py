@@ -31,6 +31,7 @@ HERE = Path(__file__).parent
 IMPOSSIBLE = {
     **dict.fromkeys(("learning_rate", "temperature", "max_grad_norm"), (0.0, -1.0, INF, NAN, "1", True)),
     **dict.fromkeys(("generation_timeout", "rollout_timeout", "vllm_server_timeout"), (0.0, -1.0, INF, NAN)),
+    "lr_scheduler_type": ("polynomial",), "warmup_steps": (-1, 0.5, 3), "optim": ("adamw_8bit_torchao",),
     **dict.fromkeys(("updates_per_batch", "micro_batch_tokens", "max_tokens", "log_every_steps"), (0, -1, 1.0, True)),
     "max_image_pixels": (0, -1, 1e6),
     "max_concurrent": (0, -1),
@@ -113,6 +114,12 @@ def completion_length(rollout):
 def stepped(**settings):
     made = trainer(**settings)
     return made, made.step()
+
+
+def rates(lr_scheduler_type, **settings):
+    """The learning rates of a run of two steps."""
+    made = trainer(max_steps=2, lr_scheduler_type=lr_scheduler_type, **settings)
+    return tuple(made.step()["learning_rate"] for _ in range(2))
 
 
 def moved(off_policy=0.0, **settings):
@@ -238,6 +245,8 @@ OFF = dict(off_policy=1.0)  # log-ratios on both sides of the clip and, some, of
 EFFECTS = {
     "learning_rate": (1e-3, 2e-3, lambda **s: moved(**s)[1], ["0.001", "0.002"]),  # AdamW's first step has that length
     "weight_decay": (0.0, 0.5, lambda **s: moved(**s)[1]),
+    "lr_scheduler_type": ("constant", "linear", rates, [(1e-3, 1e-3), (1e-3, 5e-4)]),
+    "warmup_steps": (0, 2, lambda **s: rates("constant_with_warmup", **s), [(1e-3, 1e-3), (0.0, 5e-4)]),
     "rollouts_per_step": (8, 16, lambda **s: len(collected(**s)), [8, 16]),
     "rollouts_per_example": (4, 2, lambda **s: len({r["example_id"] for r in collected(**s)}), [2, 4]),
     "updates_per_batch": (1, 3, lambda **s: moved(**s)[2], [1, 3]),
@@ -270,6 +279,7 @@ EFFECTS = {
 LOSS_EFFECTS = {loss_type: lambda **s: moved(**OFF, max_tokens=4, **s)[0] for loss_type in LOSS_TYPES}
 # What needs a folder, a command line or a real server has a test of its own, here, in test_media.py or test_vllm.py
 ELSEWHERE = {
+    "optim": "test_an_optimizer_costs_a_parameter_the_bytes_that_the_readme_says",
     "output_dir": "test_a_run_writes_where_it_is_told_as_often_as_it_is_told",
     "max_steps": "test_a_run_writes_where_it_is_told_as_often_as_it_is_told",
     "log_every_steps": "test_a_run_writes_where_it_is_told_as_often_as_it_is_told",
@@ -336,7 +346,8 @@ def test_the_progress_bar_tells_the_mismatch_from_the_kl(tmp_path):
 def test_every_setting_has_its_effect_tested():
     settings = {f.name for f in fields(MultimodalRLConfig)}
     assert settings == set(EFFECTS) | set(ELSEWHERE) and not set(EFFECTS) & set(ELSEWHERE)
-    files = ("test_config.py", "test_faults.py", "test_media.py", "test_resume.py", "test_rows.py", "test_vllm.py")
+    files = ("test_config.py", "test_faults.py", "test_media.py", "test_optimizers.py", "test_resume.py")
+    files += ("test_rows.py", "test_vllm.py")
     written = "".join((HERE / name).read_text() for name in files)
     assert all(f"def {test}(" in written for test in ELSEWHERE.values())
     assert all(f.metadata["help"] for f in fields(MultimodalRLConfig))

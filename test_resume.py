@@ -24,8 +24,9 @@ import torch
 import verifiers as vf
 
 from checkpoint import DOOMED, FREE, STATE, checkpoints, read_state
-from conftest import make_tiny, make_trainer, wait_for
+from conftest import make_tiny, make_trainer, needs, wait_for
 from mm_grpo import MultimodalGRPOTrainer, MultimodalRLConfig
+from optimizers import FALLING
 
 HERE = Path(__file__).parent
 SMALL = dict(rollouts_per_step=8, rollouts_per_example=4, max_tokens=3, eval_examples=2, learning_rate=1e-3)
@@ -61,8 +62,9 @@ def bits(checkpoint: Path) -> dict[str, str]:
     [
         dict(updates_per_batch=2, beta=0.1, scale_rewards="batch"),
         dict(env={**ENV, "turns": 2}, loss_type="gspo", micro_batch_tokens=150),
+        pytest.param(dict(optim="adamw_8bit", updates_per_batch=2), marks=needs("bitsandbytes")),
     ],
-    ids=["with a reference policy", "two turns"],
+    ids=["with a reference policy", "two turns", "an optimizer of 8 bits"],
 )
 def test_a_resumed_run_goes_on_with_the_same_bits(tmp_path, settings):
     """Five steps walk the six prompts for a second time: shuffles and random streams go on too."""
@@ -72,6 +74,22 @@ def test_a_resumed_run_goes_on_with_the_same_bits(tmp_path, settings):
     run(tmp_path / "parts", max_steps=5, resume_from_checkpoint=str(tmp_path / "parts" / "checkpoint-3"), **settings)
     assert metrics(tmp_path / "whole") == metrics(tmp_path / "parts") and len(metrics(tmp_path / "whole")) == 5
     assert bits(tmp_path / "whole" / "checkpoint-5") == bits(tmp_path / "parts" / "checkpoint-5")
+
+
+@pytest.mark.parametrize("schedule", FALLING)
+def test_a_run_whose_rate_falls_goes_on_with_the_same_bits_to_the_end_that_it_had(tmp_path, schedule):
+    """Another end would be another rate at every step, those included that are done."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    settings = dict(lr_scheduler_type=schedule, warmup_steps=1, max_steps=4, save_steps=1)
+    run(whole, **settings)
+    shutil.copytree(whole, parts)
+    for step in (3, 4):  # as if it had been killed after step 2
+        shutil.rmtree(parts / f"checkpoint-{step}")
+    with pytest.raises(ValueError, match="not the run's settings: max_steps: 4 -> 5 "):
+        run(parts, **{**settings, "max_steps": 5}, resume_from_checkpoint="true")
+    run(parts, **settings, resume_from_checkpoint="true")
+    assert metrics(whole) == metrics(parts) and bits(whole / "checkpoint-4") == bits(parts / "checkpoint-4")
+    assert len({line["learning_rate"] for line in metrics(parts)}) == 4
 
 
 def chance(completion) -> float:
