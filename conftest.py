@@ -118,6 +118,12 @@ def make_tool_user(*answers: str, family: str = "qwen3_vl"):
     return model, ProcessorAdapter(processor, model.config)
 
 
+def pytest_collection_modifyitems(items):
+    """Tests that wait for vLLM servers come first: with `-n 2` they are one worker's, whose other tests the second one
+    takes over. Last, they would be what both wait for."""
+    items.sort(key=lambda item: not item.path.name.startswith("test_vllm"))
+
+
 @pytest.fixture(scope="session", params=DEMONSTRATIONS)
 def tiny(request):
     """(model, adapter) of each family in turn; tests must leave the weights as they are."""
