@@ -210,12 +210,16 @@ import torch, verifiers, datasets, matplotlib.figure, adapters, mm_grpo, tiny_vl
 torch.set_num_threads(1)
 print("ready", flush=True)
 for line in sys.stdin:
+    asked = json.loads(line)
+    if isinstance(asked, int):
+        print(os.waitstatus_to_exitcode(os.waitpid(asked, 0)[1]), flush=True)
+        continue
     pid = os.fork()
     if pid == 0:
         log = os.open(os.environ["RUN_LOG"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(log, 1), os.dup2(log, 2), os.setsid()
+        os.dup2(log, 1), os.dup2(log, 2), os.setsid(), os.chdir(asked["folder"])
         try:
-            mm_grpo.main(json.loads(line))
+            mm_grpo.main(asked["arguments"])
             os._exit(0)
         except SystemExit as end:
             os._exit(end.code if isinstance(end.code, int) else 1)
@@ -224,7 +228,6 @@ for line in sys.stdin:
             traceback.print_exc()
             os._exit(77)
     print(pid, flush=True)
-    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
 """
 
 
@@ -233,20 +236,25 @@ class Runs:
 
     def __init__(self, log: Path):
         self.log = log
+        log.touch()
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "RUN_LOG": str(log), "RUN_ENVS": str(log.parent)}
         pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.zygote = subprocess.Popen([sys.executable, "-c", ZYGOTE], env=environment, **pipes)
         assert self.zygote.stdout.readline() == "ready\n"
 
-    def start(self, *arguments: str) -> int:
-        """The process id."""
-        self.zygote.stdin.write(json.dumps(arguments) + "\n")
+    def ask(self, what) -> int:
+        self.zygote.stdin.write(json.dumps(what) + "\n")
         self.zygote.stdin.flush()
         return int(self.zygote.stdout.readline())
 
-    def end(self) -> int:
-        """Its exit code; -9 where it was killed."""
-        return int(self.zygote.stdout.readline())
+    def start(self, *arguments: str, cwd: Path | None = None) -> int:
+        """The process id."""
+        self.last = self.ask({"arguments": arguments, "folder": str(cwd or self.log.parent)})
+        return self.last
+
+    def end(self, process: int | None = None) -> int:
+        """Wait for a run, by default for the last that was started. Its exit code; -9 where it was killed."""
+        return self.ask(process or self.last)
 
     def said(self) -> str:
         return self.log.read_text()
@@ -259,7 +267,7 @@ def runs(tmp_path_factory):
     started.zygote.kill()
 
 
-def wait_for(there, seconds: float = 60.0) -> None:
+def wait_for(there, seconds: float = 300.0) -> None:
     until = time.monotonic() + seconds
     while not there():
         assert time.monotonic() < until

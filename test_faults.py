@@ -292,15 +292,16 @@ def test_a_step_without_a_usable_rollout_is_tried_again_with_the_same_prompts(tm
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 2
 
 
-def test_a_signal_ends_the_pause_before_a_step_is_tried_again():
+def test_a_signal_ends_the_pause_before_a_step_is_tried_again(monkeypatch):
     def no_luck():
         raise NoRollouts("none")
 
+    monkeypatch.setattr(faults, "PAUSES", (100.0,))
     started = time.monotonic()
     with pytest.raises(SystemExit) as end, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         faults.after_pauses(no_luck, NoRollouts, [signal.SIGTERM])
-    assert end.value.code == 143 and time.monotonic() - started < 0.5
+    assert end.value.code == 143 and time.monotonic() - started < 10
 
 
 def test_a_run_without_usable_rollouts_stops_with_the_commonest_cause_and_a_checkpoint(tmp_path, monkeypatch):
@@ -669,19 +670,10 @@ def test_two_runs_never_write_into_one_folder(runs, tmp_path):
     assert runs.end() == 0, runs.said()[said:]
 
 
-def test_two_seeds_that_start_together_get_two_folders(tmp_path):
-    command = [
-        sys.executable,
-        str(HERE / "mm_grpo.py"),
-        "--adapter",
-        "qwen",
-        "--max_steps",
-        "1",
-        "--eval_examples",
-        "2",
-    ]
-    both = [subprocess.Popen([*command, "--seed", str(i)], cwd=tmp_path, stdout=-3, stderr=-3) for i in (0, 1)]
-    assert [process.wait(timeout=120) for process in both] == [0, 0]
+def test_two_seeds_that_start_together_get_two_folders(runs, tmp_path):
+    command = ["--adapter", "qwen", "--max_steps", "1", "--eval_examples", "2"]
+    both = [runs.start(*command, "--seed", str(i), cwd=tmp_path) for i in (0, 1)]
+    assert [runs.end(process) for process in both] == [0, 0], runs.said()[-2000:]
     folders = list((tmp_path / "runs").iterdir())
     assert len(folders) == 2 and all(len(checkpoints(folder)) == 1 for folder in folders)
     assert {json.loads((folder / "config.json").read_text())["seed"] for folder in folders} == {0, 1}
