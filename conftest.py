@@ -204,7 +204,7 @@ def message(*parts) -> list[dict]:
 
 # Command lines in processes that start at once: one has imported everything, and forks a child for each run
 ZYGOTE = f"""
-import os, sys, json
+import ctypes, os, sys, json
 sys.path[:0] = [{str(Path(__file__).parent)!r}, os.environ["RUN_ENVS"]]
 import torch, verifiers, datasets, matplotlib.figure, adapters, mm_grpo, tiny_vlm, shapes_env
 torch.set_num_threads(1)
@@ -219,7 +219,14 @@ for line in sys.stdin:
         log = os.open(os.environ["RUN_LOG"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(log, 1), os.dup2(log, 2), os.setsid(), os.chdir(asked["folder"])
         try:
-            mm_grpo.main(asked["arguments"])
+            if "code" in asked:
+                os.dup2(os.open(asked["output"], os.O_WRONLY | os.O_CREAT), 1)
+                for parameter, value in ((-3, 10**6), (-8, 1)):  # M_MMAP_THRESHOLD, M_ARENA_MAX
+                    hasattr(ctypes.CDLL(None), "mallopt") and ctypes.CDLL(None).mallopt(parameter, value)
+                exec(asked["code"], {{"__name__": "__main__"}})
+            else:
+                mm_grpo.main(asked["arguments"])
+            sys.stdout.flush()
             os._exit(0)
         except SystemExit as end:
             os._exit(end.code if isinstance(end.code, int) else 1)
@@ -232,7 +239,7 @@ for line in sys.stdin:
 
 
 class Runs:
-    """Command lines in processes that start within a second."""
+    """Command lines, and other code, in processes that start within a second."""
 
     def __init__(self, log: Path):
         self.log = log
@@ -251,6 +258,15 @@ class Runs:
         """The process id."""
         self.last = self.ask({"arguments": arguments, "folder": str(cwd or self.log.parent)})
         return self.last
+
+    def printed(self, code: str) -> str:
+        """What this code prints in a process of its own: its memory can be measured and capped. Of what it frees the
+        heap keeps nothing above a megabyte, so that the numbers are the same each time."""
+        output, said = self.log.with_name("printed"), len(self.said())
+        output.unlink(missing_ok=True)
+        process = self.ask({"code": code, "output": str(output), "folder": str(Path(__file__).parent)})
+        assert self.end(process) == 0, self.said()[said:][-2000:]
+        return output.read_text()
 
     def end(self, process: int | None = None) -> int:
         """Wait for a run, by default for the last that was started. Its exit code; -9 where it was killed."""

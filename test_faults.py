@@ -384,8 +384,7 @@ def test_broken_weights_are_named_as_such(monkeypatch):
 
 
 CAPPED = """
-import resource, sys, warnings, torch
-sys.path.insert(0, HERE)
+import resource, warnings, torch
 from conftest import make_trainer
 from faults import is_out_of_memory
 made = make_trainer("qwen", env={"num_train_examples": 8}, rollouts_per_step=64, rollouts_per_example=8, max_tokens=200,
@@ -411,13 +410,9 @@ print(made.micro_batch_size, said, float((first - last).norm() / first.norm()))
 """
 
 
-def test_memory_that_runs_out_halves_the_micro_batches_and_not_the_gradient():
+def test_memory_that_runs_out_halves_the_micro_batches_and_not_the_gradient(runs):
     """In a process whose address space is capped until a forward pass of 64 rows does not fit."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}
-    script = CAPPED.replace("HERE", repr(str(HERE)))
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
-    size, said, off = done.stdout.split()
+    size, said, off = runs.printed(CAPPED).split()
     assert int(size) < 64 and int(said) == math.log2(64 / int(size))  # once for each halving
     assert float(off) < 1e-5  # float32 sums in another order
 
