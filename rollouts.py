@@ -17,12 +17,14 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable, Coroutine
-from concurrent.futures import FIRST_COMPLETED, Future, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from verifiers.clients import OpenAIChatCompletionsClient
+from verifiers.utils.response_utils import parse_response_tokens
+from verifiers.utils.save_utils import state_to_output
 
 from media import plain_messages
 
@@ -37,6 +39,7 @@ PLACEHOLDER_BIAS = -100.0  # the strongest ban that logit_bias knows; exp(-100) 
 ATTEMPTS = 3  # a server that is lost so often in the same rollouts is not a passing fault
 TRIED_EXAMPLES = 8  # whose prompts are encoded before a run starts
 RESERVED = {"error", "metrics", "trajectory", "example_id", "is_truncated", "step"}  # verifiers lays metrics over them
+OF_EACH_ANSWER = tuple(f"{work.__module__}.{work.__qualname__}" for work in (parse_response_tokens, state_to_output))
 
 
 class Server(Protocol):
@@ -99,6 +102,20 @@ class RewardFaults(logging.Handler):
 logging.getLogger("verifiers").addHandler(RewardFaults(logging.ERROR))
 
 
+class InOrder(ThreadPoolExecutor):
+    """Threads, but not for what verifiers does with each answer: threads come back in any order, and then a reward
+    function that draws from a global generator would serve another rollout now and then, and a seed other rewards."""
+
+    def submit(self, work: Callable, /, *args, **named) -> Future:
+        called = next(iter(getattr(work, "args", ())), None)  # asyncio.to_thread hands in partial(context.run, called)
+        name = f"{getattr(called, '__module__', '')}.{getattr(called, '__qualname__', '')}"
+        if not name.startswith(OF_EACH_ANSWER):
+            return super().submit(work, *args, **named)
+        done: Future = Future()
+        done.set_result(work(*args, **named))  # what it raises, it raises where the thread would be awaited
+        return done
+
+
 def run_loop(loop: asyncio.AbstractEventLoop) -> None:
     loop.run_forever()
     loop.close()
@@ -136,6 +153,7 @@ class Rollouts:
         self.policy, self.adapter, self.server = policy, adapter, server
         self.config, self.clock, self.env = config, clock, env
         self.loop = asyncio.new_event_loop()  # one for the run: the client is bound to the loop that it first ran in
+        self.loop.set_default_executor(InOrder(thread_name_prefix="asyncio"))
         self.thread = threading.Thread(target=run_loop, args=[self.loop], name="rollouts", daemon=True)
         self.thread.start()
         self.stop_loop = weakref.finalize(self, self.loop.call_soon_threadsafe, self.loop.stop)
