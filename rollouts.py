@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from verifiers.clients import OpenAIChatCompletionsClient
+from verifiers.clients.openai_chat_completions_client import handle_openai_overlong_prompt
 from verifiers.utils.response_utils import parse_response_tokens
 from verifiers.utils.save_utils import state_to_output
 
@@ -43,7 +44,8 @@ OF_EACH_ANSWER = tuple(f"{work.__module__}.{work.__qualname__}" for work in (par
 
 
 class Server(Protocol):
-    """Where completions come from. `local_server.LocalServer` and `vllm_server.VLLMServer` are two."""
+    """Where completions come from. `local_server.LocalServer` and `vllm_server.VLLMServer` are two; one that has an
+    `answer`, from a request's body to what `client` would give, is asked directly."""
 
     client: Any  # openai.AsyncOpenAI, for /v1/chat/completions
     model_name: str  # to ask for
@@ -85,6 +87,23 @@ class ChatClient(OpenAIChatCompletionsClient):
         """Drop the None fields that a data set gives to parts of different shapes: a text's image_url, its detail."""
         native, extra = await super().to_native_prompt(messages)
         return plain_messages(native), extra
+
+
+class LocalClient(ChatClient):
+    """The same for a server in this process, which is handed the request itself: HTTP and the JSON of pictures would
+    cost more than a small model's answer."""
+
+    def __init__(self, server: Server):
+        super().__init__(server.client)
+        self.server = server
+
+    @handle_openai_overlong_prompt
+    async def get_native_response(self, prompt, model, sampling_args, tools=None, **kwargs):
+        settings = dict(sampling_args)
+        extra = settings.pop("extra_body", None) or {}
+        if "max_tokens" in settings:  # as verifiers sends it
+            settings["max_completion_tokens"] = settings.pop("max_tokens")
+        return await self.server.answer({"model": model, "messages": prompt, "tools": tools, **settings, **extra})
 
 
 REWARD_FAULTS: ContextVar[list[str] | None] = ContextVar("reward_faults", default=None)  # of the rollout at hand
@@ -280,14 +299,16 @@ class Rollouts:
     async def roll_out(self, examples: list[dict], temperature: float) -> GenerateOutputs | None:
         """Every rollout by itself, at most `max_concurrent` at once; all of them where the server is in this process,
         which then samples the same whatever else the machine does."""
-        if not self.greeted:  # the client asks in a thread on what platform it runs, before its very first request:
-            with contextlib.suppress(Exception):  # that must not be one whose order counts
+        direct = hasattr(self.server, "answer")
+        if not (self.greeted or direct):  # the client asks in a thread on what platform it runs, before its very first
+            with contextlib.suppress(Exception):  # request: that must not be one whose order counts
                 await self.server.client.models.list()
             self.greeted = True
+        client = LocalClient(self.server) if direct else ChatClient(self.server.client)
         G = self.config.rollouts_per_example if temperature else 1  # of an evaluation: one each
         size = G if self.environment.requires_group_rollouts else 1
         room = len(examples) if self.server.shares_weights else max(1, self.config.max_concurrent // size)
-        limit, client, sampling = asyncio.Semaphore(room), ChatClient(self.server.client), self.sampling(temperature)
+        limit, sampling = asyncio.Semaphore(room), self.sampling(temperature)
         units = [
             self.run_unit(examples[i : i + size], i // G, client, sampling, limit)
             for i in range(0, len(examples), size)
