@@ -1,6 +1,7 @@
 """Rollouts in this process: an OpenAI-compatible chat server that samples from the very model in training.
 
-There is no socket and no second copy of the weights; the client code is the same as for a server far away.
+There is no socket and no second copy of the weights. OpenAI's client reaches it like one far away; rollouts hand their
+requests to `LocalServer.answer`, which says the same.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import httpx
 import openai
 import torch
+from openai.types.chat import ChatCompletion
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 from transformers.cli.serving.utils import get_response_template
@@ -76,10 +78,12 @@ class ChatCompletionRequest(BaseModel):
     tool_choice: Literal["auto", "none"] | None = Field(None, description=TOOL_CHOICES)
 
     @classmethod
-    def parse(cls, body: bytes) -> ChatCompletionRequest:
-        """Raises BadRequest: what is wrong with the first field that is."""
+    def parse(cls, body: bytes, messages: list[dict] | None = None) -> ChatCompletionRequest:
+        """The request of a JSON body; its messages are these instead, if there are any: pictures are not copied then.
+        Raises BadRequest: what is wrong with the first field that is."""
         try:
             request = cls.model_validate_json(body)
+            request.messages = messages or request.messages
         except ValidationError as invalid:
             error = invalid.errors(include_url=False)[0]
             name = str(error["loc"][0]) if error["loc"] else None
@@ -151,6 +155,7 @@ class LocalServer(httpx.AsyncBaseTransport):
         self.cache_is_exact: bool | None = None  # found out with the first requests
         self.call_form = get_response_template(adapter.tokenizer, model)  # how it writes tool calls; None: not known
         self.pending: list[tuple[Completion, asyncio.Future]] = []
+        self.encoded: dict[Any, tuple[str, Any]] = {}  # what is pending, by its messages
         self.updates = 0  # of the weights so far; a run that goes on from another one may set it
         self.times_asked: dict[str, int] = {}  # by prompt, since the last update of the weights
         self.memory_ended = False  # once, and it was said
@@ -173,9 +178,25 @@ class LocalServer(httpx.AsyncBaseTransport):
 
     def close(self) -> None:
         self.pending.clear()
+        self.encoded.clear()
 
     def __str__(self) -> str:
         return "in this process"
+
+    async def answer(self, body: dict[str, Any]) -> ChatCompletion:
+        """What `client` gives for a request with this body, with neither HTTP nor the messages' JSON on the way; no
+        limit but memory on how large it is.
+
+        Raises:
+            openai.APIStatusError: what `client` would raise. TypeError, ValueError: JSON cannot hold the settings.
+        """
+        settings = json.dumps({**body, "messages": [{}] * len(body["messages"])}, allow_nan=False)
+        try:
+            return ChatCompletion.model_validate(await self.complete(settings.encode(), body["messages"]))
+        except Exception as error:
+            failed = refusal(error)
+        failed.request = httpx.Request("POST", f"{self.client.base_url}chat/completions")
+        raise self.client._make_status_error_from_response(failed)
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         try:
@@ -187,18 +208,19 @@ class LocalServer(httpx.AsyncBaseTransport):
             body = await request.aread()
             if len(body) > MAX_BODY:
                 raise BadRequest(f"a body of {len(body)} bytes: at most {MAX_BODY}", code=413, kind="RequestTooLarge")
-            completion = self.prepare(ChatCompletionRequest.parse(body))
-            future = asyncio.get_running_loop().create_future()
-            self.pending.append((completion, future))
-            if len(self.pending) == 1:  # a task of its own: the request that came first may be cancelled like any other
-                self.running = asyncio.create_task(self.run_pending())
-            await future
-            return httpx.Response(200, json=self.reply(completion))
-        except BadRequest as error:
-            failed = error
-        except Exception as error:  # an answer that JSON cannot hold: logprobs that are no numbers
-            failed = BadRequest(f"{type(error).__name__}: {error}", code=500, kind="InternalServerError")
-        return httpx.Response(failed.code, json=failed.body)
+            return httpx.Response(200, json=await self.complete(body))
+        except Exception as error:
+            return refusal(error)
+
+    async def complete(self, body: bytes, messages: list[dict] | None = None) -> dict:
+        """vLLM's JSON for a request, see `ChatCompletionRequest.parse`."""
+        completion = self.prepare(ChatCompletionRequest.parse(body, messages))
+        future = asyncio.get_running_loop().create_future()
+        self.pending.append((completion, future))
+        if len(self.pending) == 1:  # a task of its own: the request that came first may be cancelled like any other
+            self.running = asyncio.create_task(self.run_pending())
+        await future
+        return self.reply(completion)
 
     async def run_pending(self) -> None:
         """Wait until no more requests come, then run them all."""
@@ -208,6 +230,7 @@ class LocalServer(httpx.AsyncBaseTransport):
             await asyncio.sleep(0.002)
         batch = [(completion, waiting) for completion, waiting in self.pending if not waiting.done()]  # done: cancelled
         self.pending = []
+        self.encoded.clear()
         left = sorted((completion for completion, _ in batch), key=lambda completion: len(completion.prompt.ids))
         try:
             if left and self.cache_is_exact is None:
@@ -266,7 +289,16 @@ class LocalServer(httpx.AsyncBaseTransport):
         return Completion(prompt, key, wanted, temperature, request.top_p or 1.0, bias, noise, callable_tools)
 
     def encode(self, messages: list[dict[str, Any]], tools: list[dict] | None = None) -> tuple[str, Any]:
-        """(key, encoded prompt) of these messages."""
+        """(key, encoded prompt) of these messages: made once for all that are asked together."""
+        if not self.pending:  # of those before, some may have been refused
+            self.encoded.clear()
+        asked = frozen((messages, tools))
+        if asked not in self.encoded:
+            self.encoded[asked] = self.encode_anew(messages, tools)
+        return self.encoded[asked]
+
+    def encode_anew(self, messages: list[dict[str, Any]], tools: list[dict] | None) -> tuple[str, Any]:
+        """The same, whatever was asked before. Raises BadRequest."""
         shown = (messages, tools) if tools else (messages,)
         key = hashlib.sha256("".join(json.dumps(part, sort_keys=True) for part in shown).encode()).hexdigest()
         try:
@@ -313,6 +345,23 @@ class LocalServer(httpx.AsyncBaseTransport):
         except (KeyError, TypeError, ValueError, RecursionError):
             return text
         return {**text, "content": None, **parsed, "tool_calls": calls}
+
+
+def refusal(error: Exception) -> httpx.Response:
+    """vLLM's answer where this went wrong; what is no BadRequest is the server's own fault."""
+    if not isinstance(error, BadRequest):
+        error = BadRequest(f"{type(error).__name__}: {error}", code=500, kind="InternalServerError")
+    return httpx.Response(error.code, json=error.body)
+
+
+def frozen(value: Any) -> Any:
+    """A key of what JSON can hold: two are equal only where the JSON is. Its texts are those themselves, of which
+    Python keeps the hash: a picture that many requests share is read once."""
+    if isinstance(value, dict):
+        return dict, *((name, frozen(inner)) for name, inner in value.items())
+    if isinstance(value, list | tuple):
+        return tuple(map(frozen, value))
+    return value if isinstance(value, str) else (type(value), repr(value))  # 1, 1.0 and True are equal to Python
 
 
 def tool_call(call_id: str, parsed: dict) -> dict:

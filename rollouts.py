@@ -17,12 +17,15 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable, Coroutine
-from concurrent.futures import FIRST_COMPLETED, Future, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from verifiers.clients import OpenAIChatCompletionsClient
+from verifiers.clients.openai_chat_completions_client import handle_openai_overlong_prompt
+from verifiers.utils.response_utils import parse_response_tokens
+from verifiers.utils.save_utils import state_to_output
 
 from media import plain_messages
 
@@ -37,10 +40,12 @@ PLACEHOLDER_BIAS = -100.0  # the strongest ban that logit_bias knows; exp(-100) 
 ATTEMPTS = 3  # a server that is lost so often in the same rollouts is not a passing fault
 TRIED_EXAMPLES = 8  # whose prompts are encoded before a run starts
 RESERVED = {"error", "metrics", "trajectory", "example_id", "is_truncated", "step"}  # verifiers lays metrics over them
+OF_EACH_ANSWER = tuple(f"{work.__module__}.{work.__qualname__}" for work in (parse_response_tokens, state_to_output))
 
 
 class Server(Protocol):
-    """Where completions come from. `local_server.LocalServer` and `vllm_server.VLLMServer` are two."""
+    """Where completions come from. `local_server.LocalServer` and `vllm_server.VLLMServer` are two; one that has an
+    `answer`, from a request's body to what `client` would give, is asked directly."""
 
     client: Any  # openai.AsyncOpenAI, for /v1/chat/completions
     model_name: str  # to ask for
@@ -84,6 +89,23 @@ class ChatClient(OpenAIChatCompletionsClient):
         return plain_messages(native), extra
 
 
+class LocalClient(ChatClient):
+    """The same for a server in this process, which is handed the request itself: HTTP and the JSON of pictures would
+    cost more than a small model's answer."""
+
+    def __init__(self, server: Server):
+        super().__init__(server.client)
+        self.server = server
+
+    @handle_openai_overlong_prompt
+    async def get_native_response(self, prompt, model, sampling_args, tools=None, **kwargs):
+        settings = dict(sampling_args)
+        extra = settings.pop("extra_body", None) or {}
+        if "max_tokens" in settings:  # as verifiers sends it
+            settings["max_completion_tokens"] = settings.pop("max_tokens")
+        return await self.server.answer({"model": model, "messages": prompt, "tools": tools, **settings, **extra})
+
+
 REWARD_FAULTS: ContextVar[list[str] | None] = ContextVar("reward_faults", default=None)  # of the rollout at hand
 
 
@@ -97,6 +119,20 @@ class RewardFaults(logging.Handler):
 
 
 logging.getLogger("verifiers").addHandler(RewardFaults(logging.ERROR))
+
+
+class InOrder(ThreadPoolExecutor):
+    """Threads, but not for what verifiers does with each answer: threads come back in any order, and then a reward
+    function that draws from a global generator would serve another rollout now and then, and a seed other rewards."""
+
+    def submit(self, work: Callable, /, *args, **named) -> Future:
+        called = next(iter(getattr(work, "args", ())), None)  # asyncio.to_thread hands in partial(context.run, called)
+        name = f"{getattr(called, '__module__', '')}.{getattr(called, '__qualname__', '')}"
+        if not name.startswith(OF_EACH_ANSWER):
+            return super().submit(work, *args, **named)
+        done: Future = Future()
+        done.set_result(work(*args, **named))  # what it raises, it raises where the thread would be awaited
+        return done
 
 
 def run_loop(loop: asyncio.AbstractEventLoop) -> None:
@@ -136,6 +172,7 @@ class Rollouts:
         self.policy, self.adapter, self.server = policy, adapter, server
         self.config, self.clock, self.env = config, clock, env
         self.loop = asyncio.new_event_loop()  # one for the run: the client is bound to the loop that it first ran in
+        self.loop.set_default_executor(InOrder(thread_name_prefix="asyncio"))
         self.thread = threading.Thread(target=run_loop, args=[self.loop], name="rollouts", daemon=True)
         self.thread.start()
         self.stop_loop = weakref.finalize(self, self.loop.call_soon_threadsafe, self.loop.stop)
@@ -262,14 +299,16 @@ class Rollouts:
     async def roll_out(self, examples: list[dict], temperature: float) -> GenerateOutputs | None:
         """Every rollout by itself, at most `max_concurrent` at once; all of them where the server is in this process,
         which then samples the same whatever else the machine does."""
-        if not self.greeted:  # the client asks in a thread on what platform it runs, before its very first request:
-            with contextlib.suppress(Exception):  # that must not be one whose order counts
+        direct = hasattr(self.server, "answer")
+        if not (self.greeted or direct):  # the client asks in a thread on what platform it runs, before its very first
+            with contextlib.suppress(Exception):  # request: that must not be one whose order counts
                 await self.server.client.models.list()
             self.greeted = True
+        client = LocalClient(self.server) if direct else ChatClient(self.server.client)
         G = self.config.rollouts_per_example if temperature else 1  # of an evaluation: one each
         size = G if self.environment.requires_group_rollouts else 1
         room = len(examples) if self.server.shares_weights else max(1, self.config.max_concurrent // size)
-        limit, client, sampling = asyncio.Semaphore(room), ChatClient(self.server.client), self.sampling(temperature)
+        limit, sampling = asyncio.Semaphore(room), self.sampling(temperature)
         units = [
             self.run_unit(examples[i : i + size], i // G, client, sampling, limit)
             for i in range(0, len(examples), size)

@@ -16,6 +16,7 @@ from collections import Counter
 from dataclasses import replace
 
 import httpx
+import hypothesis
 import openai
 import pytest
 import torch
@@ -39,10 +40,10 @@ from conftest import (
     picture,
     processed,
 )
-from local_server import BATCH_TOKENS, MAX_BODY, ChatCompletionRequest, LocalServer, generate, sample
+from local_server import BATCH_TOKENS, MAX_BODY, ChatCompletionRequest, LocalServer, frozen, generate, sample
 from media import image_urls, load_image
 from mm_grpo import DEMO, MultimodalRLConfig
-from rollouts import ChatClient
+from rollouts import ChatClient, LocalClient
 
 PROMPTS = [
     message(picture(0), "red"),
@@ -406,6 +407,7 @@ def test_nothing_is_kept_of_prompts_that_are_answered_or_refused(tiny):
     for count in range(100, 103):
         with pytest.raises(openai.BadRequestError, match="maximum context length"):
             ask(server, dict(messages=message("red " * count)))
+        assert len(server.encoded) <= 1  # of those before, none
     server.sync(server.model)
     assert not server.times_asked and not server.pending
 
@@ -429,6 +431,148 @@ def test_a_request_that_is_called_off_takes_no_other_with_it(cancelled):
     answers, later = asyncio.run(run())
     assert [isinstance(answer, asyncio.CancelledError) for answer in answers] == [i == cancelled for i in range(3)]
     assert all(answer.choices for i, answer in enumerate(answers) if i != cancelled) and later.choices
+
+
+# ---------------------------------------------------------------- asked directly, as in training
+
+
+def answers_of(client, requests):
+    """What the client says to these requests, all in flight together, as plain data without the time."""
+
+    async def one(messages=PROMPTS[3], model="policy", tools=None, extra_body=None, **settings):
+        extra = {"return_token_ids": True, **(extra_body or {})}
+        settings = dict(max_completion_tokens=3, logprobs=True) | settings | {"extra_body": extra}
+        try:
+            answer = await client.get_native_response(messages, model, settings, tools)
+        except Exception as error:
+            cause = error.__cause__ if isinstance(error, vf.OverlongPromptError) else error
+            said = str(cause), cause.status_code, cause.code, cause.param, cause.body, cause.response.json()
+            return type(error), type(cause), said
+        parsed = await client.from_native_response(answer)
+        return type(answer), *(said.model_dump() | {"created": 0} for said in (answer, parsed))
+
+    async def run():
+        await client.client.models.list()  # its very first request looks in a thread for what platform it runs on
+        return await asyncio.wait_for(asyncio.gather(*(one(**request) for request in requests)), timeout=120)
+
+    return asyncio.run(run())
+
+
+def both_ways(model, adapter, batches, **options):
+    """What a server says to these batches of requests that is asked directly; the same through the OpenAI client."""
+    servers = [LocalServer(model, adapter, **options) for _ in range(2)]
+    clients = LocalClient(servers[0]), ChatClient(servers[1].client)
+    return [[answers_of(client, batch) for batch in batches] for client in clients]
+
+
+ASKED = [
+    *(dict(messages=prompt) for prompt in PROMPTS * 3),  # groups
+    dict(messages=PROMPTS[0], seed=5, max_tokens=8),
+    dict(messages=PROMPTS[1], temperature=0.0, top_p=1.0, n=1, stop=None),
+    dict(messages=PROMPTS[1], temperature=0.7, top_p=0.9, logit_bias={"9": -100, "10": 2.5}),
+    dict(messages=PROMPTS[2], max_tokens=None, max_completion_tokens=4, presence_penalty=0, reasoning_effort=None),
+    dict(messages=PROMPTS[3], extra_body={"top_k": -1, "min_p": 0.0, "max_tokens": 2, "return_token_ids": True}),
+    dict(messages=message("red"), logit_bias={"no number": 1}),
+    dict(messages=[{"role": "tool", "content": 5}]),
+    dict(reasoning_effort="high"),
+    dict(temperature=None, seed=2**63),
+    *(request for request, *_ in REFUSED.values()),
+]
+
+
+def test_a_server_that_is_asked_directly_says_what_the_openai_client_would(tiny):
+    """Ids, logprobs, message, reason, usage and tokens; of an error its type, its words and all that a client sees."""
+    direct, through_http = both_ways(*tiny, [ASKED, ASKED], max_model_len=64, max_images=2, seed=3)
+    assert direct == through_http
+    kinds = Counter(kind.__name__ for kind, *_ in direct[0])
+    assert kinds["ChatCompletion"] == 17 and kinds["OverlongPromptError"] == 3 and kinds["NotFoundError"] == 1
+    assert kinds["BadRequestError"] == len(ASKED) - 21
+
+
+@given(st.lists(st.lists(st.sampled_from(ASKED), min_size=1, max_size=9), min_size=1, max_size=2))
+@hypothesis.settings(max_examples=20)
+def test_whatever_is_asked_together_both_surfaces_say_the_same(tiny, batches):
+    direct, through_http = both_ways(*tiny, batches, max_model_len=64, max_images=2)
+    assert direct == through_http
+
+
+def test_with_tools_it_says_what_the_openai_client_would_too():
+    """A policy that calls now and then, asked where it may and where it must not."""
+    requests = [dict(messages=message(picture(i % 2), "red"), tools=[LOOK]) for i in range(8)]
+    requests += [dict(tools=[LOOK], tool_choice="none"), dict(messages=message("red"))]
+    said = '<tool_call>\n{"name": "look", "arguments": {"colour": "red"}}\n</tool_call>'
+    direct, through_http = both_ways(*make_tool_user(said), [requests])
+    assert direct == through_http
+    assert {answer["choices"][0]["finish_reason"] for _, answer, _ in direct[0]} >= {"tool_calls", "stop"}
+
+
+def test_settings_that_json_cannot_hold_fail_alike(tiny):
+    for value, kind in ((float("nan"), ValueError), ({1}, TypeError)):
+        for client in (LocalClient(LocalServer(*tiny)), ChatClient(LocalServer(*tiny).client)):
+            with pytest.raises(kind):
+                asyncio.run(client.get_native_response(PROMPTS[3], "policy", {"temperature": value}))
+
+
+def test_an_error_of_the_servers_own_is_one_on_both_surfaces(tiny, monkeypatch):
+    monkeypatch.setattr(LocalServer, "prepare", lambda *_: {}["its own"])
+    (direct,), (through_http,) = both_ways(*tiny, [[{}]])
+    assert direct == through_http and direct[0][0] is openai.InternalServerError and "KeyError" in str(direct)
+
+
+def test_rollouts_in_this_process_encode_each_prompt_once_and_use_no_http(monkeypatch):
+    """Two thirds of the demonstration's step went into the OpenAI client, httpx and the JSON of one's own process, and
+    each of a group's requests read its picture's base64 twice more for a key."""
+    trainer = make_trainer("qwen", env=dict(num_train_examples=8), rollouts_per_step=32, rollouts_per_example=4)
+    server, adapter, pictures, counted = trainer.server, trainer.adapter, [], Counter()
+    monkeypatch.setattr(LocalServer, "handle_async_request", None)
+
+    def count(owner, name):
+        inner = getattr(owner, name)
+        setattr(owner, name, lambda *args: (counted.update([name]), inner(*args))[1])
+
+    count(adapter, "_encode"), count(server, "encode_anew"), count(server, "prepare")
+    prepare = server.prepare
+    server.prepare = lambda asked: (pictures.extend(image_urls(asked.messages)), prepare(asked))[1]
+    for epoch in (1, 2):
+        trainer.adapter.build_batch(trainer.rollouts.collect())
+        assert counted == Counter(prepare=32 * epoch, encode_anew=8 * epoch, _encode=8)
+        assert len({id(url) for url in pictures[-32:]}) == 8 == len(set(pictures))  # not copied: its hash is kept
+        assert not server.encoded
+        server.sync(trainer.model)
+
+
+def test_messages_that_are_changed_after_they_were_asked_are_another_prompt(lively):
+    server, messages = LocalServer(*lively), message(picture(0), "red")
+
+    async def run():
+        asked = dict(model="policy", messages=messages, max_completion_tokens=1)
+        first = asyncio.create_task(server.answer(asked))
+        await asyncio.sleep(0)
+        assert server.pending
+        messages[0]["content"][1]["text"] = "star red"
+        return [answer.prompt_token_ids for answer in await asyncio.gather(first, server.answer(asked))]
+
+    first, second = asyncio.run(run())
+    assert first == server.adapter.encode_prompt(message(picture(0), "red")).ids
+    assert second == server.adapter.encode_prompt(messages).ids != first
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.sampled_from([0, 1, 0.0, 1.0, -0.0, "", "1", "None", "red"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from("ab"), inner, max_size=2),
+    max_leaves=5,
+)
+
+
+@given(JSON, JSON)
+@example([], {})
+@example([True], [1])
+@example([1], [1.0])
+@example([["a", 1]], {"a": 1})
+@example("1", 1)
+def test_the_keys_of_two_messages_are_equal_only_where_their_json_is(one, other):
+    assert (frozen(one) == frozen(other)) == (json.dumps(one) == json.dumps(other))
+    assert hash(frozen(one)) == hash(frozen(json.loads(json.dumps(one))))
 
 
 # ---------------------------------------------------------------- many requests at once
@@ -767,7 +911,9 @@ def test_a_body_above_the_limit_is_refused_before_it_is_parsed(size, status, mon
     """One of 64 MB of text took 4.7 GB and 23 s, in which nothing else ran."""
     body = json.dumps(dict(model="policy", messages=PROMPTS[3], max_tokens=1)).encode()
     parsed, parse = [], ChatCompletionRequest.parse
-    monkeypatch.setattr(ChatCompletionRequest, "parse", lambda body: parsed.append(len(body)) or parse(body))
+    monkeypatch.setattr(
+        ChatCompletionRequest, "parse", lambda body, said: parsed.append(len(body)) or parse(body, said)
+    )
 
     async def post():
         async with httpx.AsyncClient(transport=LocalServer(*make_tiny("qwen")), base_url="http://in-process") as client:

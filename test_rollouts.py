@@ -5,14 +5,22 @@
 A second server in this process, with a copy of the weights, stands for one far away; test_vllm.py has the real one.
 """
 
+import asyncio
 import copy
 import math
+import random
+import threading
+import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+import verifiers as vf
+from datasets import Dataset
 
-from conftest import make_tiny
+import conftest
+from conftest import make_tiny, message
 from local_server import LocalServer
 from mm_grpo import MultimodalGRPOTrainer, MultimodalRLConfig, score
 from rollouts import ATTEMPTS, Rollouts, RolloutsAhead, Server
@@ -117,6 +125,52 @@ def test_no_evaluation_examples_mean_no_evaluation():
     """0 meant none before and after training, and all where `evaluate` was called."""
     trainer = make_trainer(eval_examples=0)
     assert trainer.evaluate() == {} and trainer.server.updates == 0
+
+
+# ---------------------------------------------------------------- in which order
+
+
+@pytest.mark.parametrize("kind", ["each rollout", "each group"])
+def test_reward_functions_are_called_in_the_order_of_the_rollouts(kind, monkeypatch):
+    """verifiers handles each answer in threads, which come back in any order: a reward that drew from a global
+    generator belonged to another rollout now and then, so that a run's bits differed. Here every thread dawdles."""
+    called, submit, dice = [], ThreadPoolExecutor.submit, random.Random(0)
+
+    def dawdle(pause, work, *args, **named):
+        time.sleep(pause)
+        return work(*args, **named)
+
+    late = lambda self, work, *args, **named: submit(self, dawdle, 2e-3 * dice.random(), work, *args, **named)
+    monkeypatch.setattr(ThreadPoolExecutor, "submit", late)
+
+    def in_turn(state):
+        called.append(state["example_id"])
+        return float(len(called))
+
+    def of_group(states):
+        called.extend(state["example_id"] for state in states)
+        return [0.0] * len(states)
+
+    prompts = [{"prompt": message("red " * (i % 3)), "answer": ""} for i in range(32)]
+    funcs = [in_turn] if kind == "each rollout" else [of_group]
+    env = vf.SingleTurnEnv(dataset=Dataset.from_list(prompts), rubric=vf.Rubric(funcs=funcs))
+    small = dict(rollouts_per_step=64, rollouts_per_example=2, max_tokens=2)
+    outputs = conftest.make_trainer("qwen", env=env, **small).rollouts.collect()["outputs"]
+    assert called == [rollout["example_id"] for rollout in outputs] and len(set(called)) == 32
+
+
+def test_threads_of_an_environment_stay_threads():
+    used = []
+
+    class Slow(vf.SingleTurnEnv):
+        async def setup_state(self, state):
+            used.append(await asyncio.to_thread(threading.current_thread))
+
+    rubric = vf.Rubric(funcs=[lambda completion: 0.0])
+    env = Slow(dataset=Dataset.from_list([{"prompt": message("red"), "answer": ""}]), rubric=rubric)
+    trainer = conftest.make_trainer("qwen", env=env, rollouts_per_step=2, rollouts_per_example=2, max_tokens=2)
+    assert [rollout["error"] for rollout in trainer.rollouts.collect()["outputs"]] == [None] * 2
+    assert len(used) == 2 and trainer.rollouts.thread not in used
 
 
 # ---------------------------------------------------------------- a server that is lost
