@@ -2,22 +2,29 @@
 
 The G completions of a prompt share the prompt and its images. The plain forward runs G * (P + C) tokens and G images,
 the shared prefix P + G * C tokens and one image. The dense pass is the floor to compare with: one sequence of exactly
-P + G * C tokens with one image.
+P + G * C tokens with one image, logits for the completions alone.
 
     python benchmark.py                 # the table, the cost against G, peak memory; writes benchmark.png
-    python benchmark.py --trl           # adds TRL's own GRPO loss on the same tensors (pip install trl)
+    python benchmark.py --ragged        # instead: prompts with pictures of different sizes, completions of different
+                                        # lengths, micro-batches; peak memory against G; gradient checkpointing
+    python benchmark.py --trl           # either of them beside TRL's own loss on the same tensors (pip install trl)
+    python benchmark.py --end_to_end    # instead: the demonstration's whole step beside TRL's GRPOTrainer
     python benchmark.py --device cuda --size 2b      # a Qwen2-VL-2B shape in bf16 autocast, on a GPU
     python benchmark.py --vllm_port 8000 --model CHECKPOINT      # instead: steps with rollouts in turn and ahead
                                                                  # (async_rollouts), on the vLLM server there, which
                                                                  # serves that Qwen-VL checkpoint
 
-Each figure is a median over runs that alternate between the ways; forward and backward, same weights, same batch. On
-the CPU: float32, two threads, about 8 M parameters.
+Each figure is a median over runs that alternate between the ways (`--runs` of each); whole updates with the same
+optimizer step, same weights, same batch. On the CPU: float32, two threads, about 8 M parameters; the demonstration: one
+thread, 0.3 M parameters.
 """
 
 from __future__ import annotations
 
 import argparse
+import base64
+import copy
+import io
 import re
 import resource
 import statistics
@@ -25,16 +32,35 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
-from mm_grpo import MultimodalBatch, grpo_loss, score, token_weights
-from shared_prefix import find_shared_prompts
+from mm_grpo import (
+    DEMO,
+    MultimodalAdapter,
+    MultimodalBatch,
+    MultimodalGRPOTrainer,
+    MultimodalRLConfig,
+    row_advantages,
+    token_logprobs,
+)
+from output_head import in_chunks
+from shared_prefix import prompt_lengths
 
 CASES = [(428, 64, 8), (284, 32, 16), (172, 256, 8)]  # (P, C, G)
+WHOLE = 8192  # tokens of a micro-batch that none of these batches is too large for, once its prompts are shared
+RAGGED = (428, 128, 284, 172)  # prompts whose completions have different lengths
+BUDGETS = [(8, WHOLE, 8), (8, 1400, 4), (8, 700, 2), (16, 1400, 4)]  # (G, ours in tokens, TRL's in rows)
+LONG = (1052, 256, 8)  # for gradient checkpointing
+WARM_UP = 3  # whole steps that do not count
+WORK = ("rollouts", "tokens", "updates")  # what two trainers must do alike in a step
 TEXT = 28  # prompt tokens that are not the image's
 IMAGE_TOKEN, VISION_START, VISION_END = 3, 1, 2
 SIZES = {
@@ -54,6 +80,7 @@ SIZES = {
         vision=dict(depth=32, embed_dim=1280, hidden_size=1536, num_heads=16, mlp_ratio=4),
     ),
 }  # fmt: skip
+SIZES["deep"] = {**SIZES["8m"], "text": {**SIZES["8m"]["text"], "num_hidden_layers": 8}}
 
 
 def make_model(size: str, device: str) -> Qwen2VLForConditionalGeneration:
@@ -74,64 +101,202 @@ def make_model(size: str, device: str) -> Qwen2VLForConditionalGeneration:
         return Qwen2VLForConditionalGeneration(config).eval()
 
 
-def make_batch(model, P: int, C: int, G: int) -> MultimodalBatch:
-    """One group: a prompt of P tokens, all but 28 of them one square picture's, and G completions of C tokens."""
-    side = int((P - TEXT) ** 0.5)  # the picture is side x side merged patches of 28 pixels
-    if side * side != P - TEXT:
-        raise ValueError(f"P={P}: must be a square plus {TEXT}")
+def make_batch(model, P: int | Sequence[int], C: int | Sequence[int], G: int) -> MultimodalBatch:
+    """Groups of G completions, a group for each prompt, on the CPU.
+
+    Args:
+        P: tokens of the prompt, or of each prompt: all but 28 of them one square picture's.
+        C: tokens of every completion, or of each.
+    """
     generator = torch.Generator().manual_seed(0)
     vocab = model.config.get_text_config().vocab_size
-    text = torch.randint(5, vocab, (TEXT - 2,), generator=generator)
-    picture = torch.tensor([VISION_START, *[IMAGE_TOKEN] * (side * side), VISION_END])
-    prompt = torch.cat([picture, text])
-    ids = torch.cat([prompt.expand(G, P), torch.randint(5, vocab, (G, C), generator=generator)], dim=1)
-    sampled = torch.zeros_like(ids)
-    sampled[:, P:] = 1
+    text = partial(torch.randint, 5, vocab, generator=generator)
+    prompts = torch.tensor(P).reshape(-1)  # (K,)
+    sides = (prompts - TEXT).sqrt().long()  # the picture is side x side merged patches of 28 pixels
+    if not torch.equal(sides**2, prompts - TEXT):
+        raise ValueError(f"P={P}: must be a square plus {TEXT}")
+    starts = prompts.repeat_interleave(G)  # (B,) B = K * G
+    ends = starts + torch.tensor(C)
+    rows = []
+    for i, side in enumerate(sides):
+        picture = torch.tensor([VISION_START, *[IMAGE_TOKEN] * int(side**2), VISION_END])
+        prompt = torch.cat([picture, text((TEXT - 2,))])
+        rows += [torch.cat([prompt, text((int(end) - len(prompt),))]) for end in ends[i * G : (i + 1) * G]]
+    ids = pad_sequence(rows, batch_first=True)  # (B, L)
+    column, stops = torch.arange(ids.shape[1]), 4 * (sides**2).cumsum(0)
+    numbers = torch.arange(len(prompts))
+    spans = {
+        "pixel_values": torch.stack([stops - 4 * sides**2, stops], dim=-1),  # (K, 2)
+        "image_grid_thw": torch.stack([numbers, numbers + 1], dim=-1),
+    }
     return MultimodalBatch(
         input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        loss_mask=sampled,
+        attention_mask=(column < ends[:, None]).long(),
+        loss_mask=((column >= starts[:, None]) & (column < ends[:, None])).long(),
         behavior_logprobs=torch.zeros(ids.shape),
-        rewards=torch.randn(G, generator=generator),
-        pixel_values=torch.randn(4 * side * side, 3 * 2 * 14 * 14, generator=generator),
+        rewards=torch.randn(len(ids), generator=generator),
+        pixel_values=torch.randn(int(stops[-1]), 3 * 2 * 14 * 14, generator=generator),
         extra_model_kwargs={
-            "image_grid_thw": torch.tensor([[1, 2 * side, 2 * side]]),
+            "image_grid_thw": torch.stack([torch.ones_like(sides), 2 * sides, 2 * sides], dim=-1),
             "mm_token_type_ids": (ids == IMAGE_TOKEN).long(),
         },
-        media_spans={
-            "pixel_values": torch.tensor([[0, 4 * side * side]] * G),
-            "image_grid_thw": torch.tensor([[0, 1]] * G),
-        },
-    ).to(model.device)
-
-
-def dense_batch(batch: MultimodalBatch, P: int) -> MultimodalBatch:
-    """One row of exactly the batch's distinct tokens: the prompt, then all completions one after the other."""
-    one = batch.select([0])
-
-    def joined(tensor):  # (G, L) -> (1, P + G * C)
-        return torch.cat([tensor[:1, :P], tensor[:, P:].reshape(1, -1)], dim=1)
-
-    by_token = ("input_ids", "attention_mask", "loss_mask", "behavior_logprobs")
-    types = joined(batch.extra_model_kwargs["mm_token_type_ids"])
-    return MultimodalBatch(
-        **{name: joined(getattr(batch, name)) for name in by_token},
-        rewards=one.rewards,
-        pixel_values=one.pixel_values,
-        extra_model_kwargs={**one.extra_model_kwargs, "mm_token_type_ids": types},
-        media_spans=one.media_spans,
+        group_ids=numbers.repeat_interleave(G),
+        media_spans={name: span.repeat_interleave(G, dim=0) for name, span in spans.items()},
     )
 
 
-def update(model, batch: MultimodalBatch, share: bool) -> None:
-    """Forward and backward of one update, as the trainer does it."""
-    shared = find_shared_prompts(model, batch, [IMAGE_TOKEN]) if share else None
-    with torch.autocast(batch.input_ids.device.type, torch.bfloat16, enabled=batch.input_ids.is_cuda):
-        logprobs, _ = score(model, batch, shared=shared, chunked=True)
-    mask = batch.loss_mask[:, 1:]
-    behavior = torch.where(mask != 0, logprobs.detach(), 0.0)
-    loss, _ = grpo_loss(logprobs, behavior, batch.rewards, token_weights(mask, "dapo"))
-    loss.backward()
+def lognormal_lengths(rows: int, mean: float = 55, longest: int = 128) -> list[int]:
+    """Lengths of completions as they come, most of them short, a few cut off: evenly spaced quantiles, shuffled."""
+    normal = torch.special.ndtri((torch.arange(rows) + 0.5) / rows)
+    lengths = (mean * (0.6 * normal - 0.18).exp()).round().clamp(1, longest).long()
+    return lengths[torch.randperm(rows, generator=torch.Generator().manual_seed(0))].tolist()
+
+
+def ragged(G: int) -> tuple[Sequence[int], list[int], int]:
+    """(P, C, G) of the ragged batch."""
+    return RAGGED, lognormal_lengths(len(RAGGED) * G), G
+
+
+def dense_rows(batch: MultimodalBatch) -> list[MultimodalBatch]:
+    """A row for each group, of exactly its distinct tokens: the prompt, then all completions one after the other."""
+    starts, ends = prompt_lengths(batch).tolist(), batch.attention_mask.sum(-1).tolist()
+
+    def row(members: list[int]) -> MultimodalBatch:
+        first = batch.select(members[:1])
+
+        def joined(tensor: Tensor) -> Tensor:  # (B, L) -> (1, P + the completions' tokens)
+            prompt = tensor[members[0], : starts[members[0]]]
+            return torch.cat([prompt, *(tensor[i, starts[i] : ends[i]] for i in members)])[None]
+
+        by_token = ("input_ids", "attention_mask", "loss_mask", "behavior_logprobs")
+        types = {"mm_token_type_ids": joined(batch.extra_model_kwargs["mm_token_type_ids"])}
+        fields = {name: joined(getattr(batch, name)) for name in by_token}
+        return replace(first, **fields, extra_model_kwargs={**first.extra_model_kwargs, **types})
+
+    return [row((batch.group_ids == group).nonzero()[:, 0].tolist()) for group in batch.group_ids.unique()]
+
+
+class BatchAtHand(MultimodalAdapter):
+    """Of a trainer that has no rollouts."""
+
+    build_batch = None
+
+
+def make_trainer(model, **settings) -> MultimodalGRPOTrainer:
+    """A trainer for updates alone, with steps so small that the weights stay as they are."""
+    steps = dict(learning_rate=1e-12, max_grad_norm=1e9, mismatch_threshold=0.1)
+    config = MultimodalRLConfig(**steps, bf16=model.device.type == "cuda", **settings)
+    return MultimodalGRPOTrainer(model, None, BatchAtHand(None), config, server=object())
+
+
+@torch.no_grad()
+def sampled_by(trainer: MultimodalGRPOTrainer, batch: MultimodalBatch) -> MultimodalBatch:
+    """The batch as if this policy had sampled it: every ratio is 1, nothing is clipped or dropped."""
+    behavior = torch.zeros_like(batch.behavior_logprobs)
+    for row in range(len(batch)):
+        behavior[row, 1:] = trainer.policy(batch.select([row]).to(trainer.device))[0][0].cpu()
+    return replace(batch, behavior_logprobs=behavior * batch.loss_mask)
+
+
+def update(trainer: MultimodalGRPOTrainer, batch: MultimodalBatch, tokens: int = WHOLE, share: bool = True) -> None:
+    """One update as a step has it, in micro-batches of this many tokens."""
+    trainer.micro_batch_tokens, trainer.config.share_prefix = tokens, share
+    trainer.update(batch)
+
+
+def dense_update(trainer: MultimodalGRPOTrainer, rows: list[MultimodalBatch]) -> None:
+    """Forward and backward of these rows, one after the other, logits for trained tokens; then the optimizer's step."""
+    head = trainer.model.get_output_embeddings()
+    tokens = sum(int(row.loss_mask.sum()) for row in rows)
+    for row in rows:
+        row = row.to(trainer.device)
+        trained = row.loss_mask[:, 1:] != 0
+        with torch.autocast(trainer.device.type, torch.bfloat16, enabled=trainer.config.bf16):
+            hidden = trainer.model.base_model(**row.model_inputs())[0][:, :-1]
+            logprobs_of = lambda hidden, targets: token_logprobs(head(hidden), targets)
+            logprobs, _ = in_chunks(logprobs_of, hidden[trained], row.input_ids[:, 1:][trained])
+        (-logprobs.sum() / tokens).backward()
+    trainer.optimizer_step()
+
+
+def trl_settings(folder: str, **settings):
+    """TRL's own defaults but for these, and for what it would write and recompute."""
+    from trl import GRPOConfig
+
+    quiet = dict(output_dir=folder, report_to=[], save_strategy="no", disable_tqdm=True, logging_steps=10**9)
+    precision = dict(bf16=False, gradient_checkpointing=False, use_cpu=not torch.cuda.is_available())
+    return GRPOConfig(**quiet, **precision, **settings)
+
+
+def trl_micro_batches(batch: MultimodalBatch, rows: int) -> list[dict]:
+    """The batch as TRL's loss takes it: prompts padded on the left and completions on the right to the longest of the
+    whole batch, in its order, so many rows at a time, each with its own copy of the picture."""
+    starts, ends = prompt_lengths(batch)[:, None], batch.attention_mask.sum(-1, keepdim=True)  # (B, 1)
+    P, C = int(starts.max()), int((ends - starts).max())
+    source = torch.arange(P + C) - (P - starts)  # (B, P + C) the column that comes here
+    inside = (source >= 0) & (source < ends)
+
+    def padded(tensor: Tensor) -> Tensor:  # (B, L) -> (B, P + C)
+        return tensor.gather(1, source.clamp(0, tensor.shape[1] - 1)) * inside
+
+    ids, mask, types = map(
+        padded, (batch.input_ids, batch.attention_mask, batch.extra_model_kwargs["mm_token_type_ids"])
+    )
+    advantages, parts = row_advantages(batch, "group"), []
+    for part in torch.arange(len(batch)).split(rows):
+        media = batch.select(part).model_inputs()
+        parts.append({
+            "prompt_ids": ids[part, :P],
+            "prompt_mask": mask[part, :P],
+            "completion_ids": ids[part, P:],
+            "completion_mask": mask[part, P:],
+            "mm_token_type_ids": types[part],
+            "advantages": advantages[part],
+            "pixel_values": media["pixel_values"],
+            "image_grid_thw": media["image_grid_thw"],
+            "num_images": [1] * len(part),
+            "num_items_in_batch": batch.loss_mask.sum(),
+        })  # fmt: skip
+    return parts
+
+
+def trl_way(trainer: MultimodalGRPOTrainer, batch: MultimodalBatch, rows: int) -> Callable[[], None]:
+    """An update by TRL's `GRPOTrainer._compute_loss` on the same tensors: on-policy, beta 0, DAPO's mean over all
+    micro-batches; then the same optimizer step."""
+    from datasets import Dataset
+    from trl import GRPOTrainer
+
+    from tiny_vlm import make_tiny_vlm
+
+    each = dict(per_device_train_batch_size=rows, num_generations=rows)
+    with tempfile.TemporaryDirectory() as folder:
+        theirs = GRPOTrainer(
+            model=trainer.model,
+            reward_funcs=lambda completions, **_: [0.0] * len(completions),
+            args=trl_settings(folder, beta=0.0, loss_type="dapo", temperature=1.0, **each),
+            train_dataset=Dataset.from_list([{"prompt": "a"}] * rows),
+            processing_class=make_tiny_vlm("qwen")[1],
+        )
+    theirs.current_gradient_accumulation_steps = 1
+    parts = trl_micro_batches(batch, rows)
+    on_device = lambda value: value.to(trainer.device) if isinstance(value, Tensor) else value
+    parts = [{name: on_device(value) for name, value in part.items()} for part in parts]
+
+    def run() -> None:
+        for part in parts:
+            theirs._compute_loss(trainer.model, dict(part)).backward()
+        trainer.optimizer_step()
+
+    return run
+
+
+def make_way(name: str, trainer: MultimodalGRPOTrainer, batch: MultimodalBatch, tokens: int, rows: int):
+    """A way to update on this batch: in micro-batches of so many tokens, or so many rows where it is TRL's."""
+    if name == "trl":
+        return trl_way(trainer, batch, rows)
+    if name == "dense":
+        return partial(dense_update, trainer, dense_rows(batch))
+    return partial(update, trainer, batch, tokens, name == "shared")
 
 
 def medians(ways: dict[str, Callable[[], None]], runs: int) -> dict[str, float]:
@@ -148,16 +313,29 @@ def medians(ways: dict[str, Callable[[], None]], runs: int) -> dict[str, float]:
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
-def three_ways(model, P: int, C: int, G: int, runs: int) -> dict[str, float]:
-    batch = make_batch(model, P, C, G)
-    dense = dense_batch(batch, P)
+def gradient(trainer: MultimodalGRPOTrainer, way: Callable[[], None]) -> Tensor:
+    """The gradient that this update steps with, all parameters in one."""
+    kept = []
+    parameters = list(trainer.model.parameters())
+    keep = lambda *_: kept.append(torch.cat([p.grad.flatten() for p in parameters if p.grad is not None]))
+    hook = trainer.optimizer.register_step_pre_hook(keep)
+    way()
+    hook.remove()
+    return kept[0]
 
-    def way(batch, share):
-        model.zero_grad(set_to_none=True)
-        update(model, batch, share)
 
-    ways = {"plain": lambda: way(batch, False), "shared": lambda: way(batch, True), "dense": lambda: way(dense, False)}
-    return medians(ways, runs)
+def difference(ours: Tensor, theirs: Tensor) -> float:
+    """Norm of the difference over the norm."""
+    return ((ours - theirs).norm() / theirs.norm()).item()
+
+
+def measure(trainer, case: tuple, runs: int, trl: bool = False, tokens: int = WHOLE, rows: int | None = None):
+    """(median seconds of each way, how far TRL's gradient is from ours or None) at one (P, C, G)."""
+    batch = sampled_by(trainer, make_batch(trainer.model, *case))
+    names = ("plain", "shared", "dense", *["trl"] * trl)
+    ways = {name: make_way(name, trainer, batch, tokens, rows or len(batch)) for name in names}
+    off = difference(*(gradient(trainer, ways[name]) for name in ("shared", "trl"))) if trl else None
+    return medians(ways, runs), off
 
 
 def peak_rss() -> float:
@@ -168,70 +346,24 @@ def peak_rss() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # bytes on macOS
 
 
-def peak_memory(size: str, way: str, P: int, C: int, G: int) -> float:
-    """Megabytes that an update takes beyond the weights, at its peak, in a process of its own (CPU)."""
-    code = (
-        "import torch, benchmark as b; torch.set_num_threads(2);"
-        f"model = b.make_model({size!r}, 'cpu'); batch = b.make_batch(model, {P}, {C}, {G});"
-        "small = b.make_batch(model, 32, 2, 2); b.update(model, small, True); b.update(model, small, False);"
-        f"before = b.peak_rss(); b.update(model, batch, {way == 'shared'}); print(b.peak_rss() - before)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    return float(done.stdout.split()[-1])
+def print_peak(size: str, way: str, case: tuple, tokens: int, rows: int, **settings) -> None:
+    """Print what an update takes at its peak beyond the weights and the optimizer's state, in MB."""
+    torch.set_num_threads(2)
+    trainer = make_trainer(make_model(size, "cpu"), **settings)
+    batch, small = (make_batch(trainer.model, *each) for each in (case, (32, 2, 2)))
+    make_way(way, trainer, small, tokens, rows=2)()
+    run = make_way(way, trainer, batch, tokens, rows)
+    before = peak_rss()
+    run()
+    print(peak_rss() - before)
 
 
-def trl_update(model, batch: MultimodalBatch, P: int) -> Callable[[], None]:
-    """Forward and backward of TRL's `GRPOTrainer._compute_loss` on the same tensors: on-policy, beta 0, DAPO's mean."""
-    from datasets import Dataset
-    from trl import GRPOConfig, GRPOTrainer
-
-    from tiny_vlm import make_tiny_vlm
-
-    G = len(batch)
-    _, tokenizer, _ = make_tiny_vlm("qwen")
-    arguments = GRPOConfig(
-        output_dir="outputs/trl",
-        per_device_train_batch_size=G,
-        num_generations=G,
-        beta=0.0,
-        loss_type="dapo",
-        temperature=1.0,
-        bf16=False,
-        use_cpu=not batch.input_ids.is_cuda,
-        report_to=[],
-    )
-    trainer = GRPOTrainer(
-        model=model,
-        reward_funcs=lambda completions, **_: [0.0] * len(completions),
-        args=arguments,
-        train_dataset=Dataset.from_list([{"prompt": "a"}] * G),
-        processing_class=tokenizer,
-    )
-    ids, mask = batch.input_ids, batch.attention_mask
-    media = batch.model_inputs()
-    inputs = {
-        "prompt_ids": ids[:, :P],
-        "prompt_mask": mask[:, :P],
-        "completion_ids": ids[:, P:],
-        "completion_mask": mask[:, P:],
-        "advantages": batch.rewards,
-        "pixel_values": media["pixel_values"],
-        "image_grid_thw": media["image_grid_thw"],
-        "mm_token_type_ids": media["mm_token_type_ids"],
-        "num_images": [1] * G,
-        "num_items_in_batch": mask[:, P:].sum(),
-    }
-    trainer.current_gradient_accumulation_steps = 1
-
-    def run() -> None:
-        model.zero_grad(set_to_none=True)
-        trainer._compute_loss(model, dict(inputs)).backward()
-
-    return run
-
-
-def gradients(model) -> torch.Tensor:
-    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+def peak_memory(size: str, way: str, case: tuple, tokens: int = WHOLE, rows: int = 0, **settings) -> float:
+    """Median of three of `print_peak`, each in a process of its own (CPU)."""
+    arguments = (size, way, case, tokens, rows)
+    command = [sys.executable, "-c", f"import benchmark; benchmark.print_peak(*{arguments!r}, **{settings!r})"]
+    run = partial(subprocess.run, command, capture_output=True, text=True, check=True, cwd=Path(__file__).parent)
+    return statistics.median(float(run().stdout.split()[-1]) for _ in range(3))
 
 
 def rollouts_ahead(port: int, folder: str, runs: int) -> None:
@@ -278,6 +410,126 @@ def rollouts_ahead(port: int, folder: str, runs: int) -> None:
     print(f"\nin turn / ahead: {gain:.2f} (medians of steps, {runs} blocks of 6 of each way, alternating)")
 
 
+def trl_dataset(trainer: MultimodalGRPOTrainer, steps: int):
+    """The pictures, questions and answers of our trainer's next steps, in their order, as TRL takes them."""
+    from datasets import Dataset
+    from PIL import Image
+
+    rows = []
+    for step in range(steps):
+        for example in trainer.rollouts.examples(step)[:: trainer.config.rollouts_per_example]:
+            picture, question = example["prompt"][0]["content"]
+            data = base64.b64decode(picture["image_url"]["url"].partition(",")[2])
+            prompt = [{"role": "user", "content": question["text"]}]
+            rows.append({"prompt": prompt, "image": Image.open(io.BytesIO(data)), "answer": example["answer"]})
+    return Dataset.from_list(rows)
+
+
+def trl_trainer(trainer: MultimodalGRPOTrainer, folder: str, steps: int, now: dict, callback):
+    """TRL's trainer with the weights and the settings of ours; adds to `now` what its rollouts and rewards were."""
+    from transformers import PrinterCallback
+    from trl import GRPOTrainer
+
+    from shapes_env import make_rubric
+
+    config, rubric = trainer.config, make_rubric()
+
+    def reward(completions, completion_ids, answer, **_) -> list[float]:
+        weighted = list(zip(rubric.funcs, rubric.weights))
+        values = [sum(weight * f(*pair) for f, weight in weighted) for pair in zip(completions, answer)]
+        now["rollouts"] += len(values)
+        now["tokens"] += sum(map(len, completion_ids))
+        now["reward"] = statistics.fmean(values)
+        return values
+
+    class Timed(GRPOTrainer):
+        def _generate(self, prompts):
+            started = time.perf_counter()
+            completions = super()._generate(prompts)
+            now["rollout"] += time.perf_counter() - started
+            return completions
+
+    names = ("learning_rate", "max_grad_norm", "weight_decay", "temperature", "beta", "scale_rewards", "loss_type")
+    settings = {name: getattr(config, name) for name in (*names, "seed")}
+    settings |= dict(num_generations=config.rollouts_per_example, per_device_train_batch_size=config.rollouts_per_step)
+    settings |= dict(num_iterations=config.updates_per_batch, max_steps=steps * config.updates_per_batch)
+    settings |= dict(max_completion_length=config.max_tokens, epsilon=config.clip_low, epsilon_high=config.clip_high)
+    never = {"suppress_tokens": list(trainer.adapter.placeholder_ids)}  # one of them would end the run
+    settings |= dict(lr_scheduler_type="constant", shuffle_dataset=False, generation_kwargs=never)
+    trainer.save_checkpoint(folder)  # TRL's reference policy comes from a folder
+    theirs = Timed(
+        model=folder,
+        reward_funcs=reward,
+        args=trl_settings(folder, model_init_kwargs={"dtype": "float32"}, **settings),
+        train_dataset=trl_dataset(trainer, steps),
+        processing_class=copy.deepcopy(trainer.adapter.processor),
+        callbacks=[callback],
+    )
+    theirs.remove_callback(PrinterCallback)
+    return theirs
+
+
+def in_turns(steps: int, folder: str) -> dict[str, list[dict]]:
+    """Steps of the demonstration by TRL and by this trainer, in turns: what each of them was."""
+    from transformers import TrainerCallback
+
+    from adapters import load_model
+
+    config = MultimodalRLConfig(output_dir=folder, **DEMO)
+    model, tokenizer, adapter = load_model("qwen", None, config)  # takes one thread
+    trainer = MultimodalGRPOTrainer(model, tokenizer, adapter, config)
+    trainer.set_environment(config.env_id)
+    done, now, updates = {"TRL": [], "ours": []}, {}, []
+    trainer.optimizer.register_step_post_hook(lambda *_: updates.append(1))
+
+    def our_step() -> None:
+        updates.clear()
+        started = time.perf_counter()
+        step = trainer.step()
+        seconds = {"whole": time.perf_counter() - started, "rollout": step["seconds_rollout"]}
+        rollouts = config.rollouts_per_step - step["rollouts_dropped"]
+        what = dict(rollouts=rollouts, tokens=step["trained_tokens"], updates=len(updates), reward=step["reward"])
+        done["ours"].append({**seconds, **what})
+
+    class Turns(TrainerCallback):
+        def start(self) -> None:
+            now.update(started=time.perf_counter(), rollout=0.0, rollouts=0, tokens=0, updates=0)
+
+        def on_train_begin(self, *_, **__) -> None:
+            self.start()
+
+        def on_step_end(self, *_, **__) -> None:  # an optimizer step
+            now["updates"] += 1
+            if now["updates"] == config.updates_per_batch:
+                done["TRL"].append({**now, "whole": time.perf_counter() - now["started"]})
+                our_step()
+                self.start()
+
+    trl_trainer(trainer, str(Path(folder) / "initial"), steps, now, Turns()).train()
+    trainer.close()
+    return done
+
+
+def end_to_end(steps: int) -> None:
+    """Print the seconds of whole steps of the demonstration, by TRL's trainer and by this one, and what they did."""
+    from report import quiet_libraries
+
+    quiet_libraries()
+    with tempfile.TemporaryDirectory() as folder:
+        done = in_turns(steps, folder)
+    counted = {name: measured[min(WARM_UP, steps - 1) :] for name, measured in done.items()}
+    print(f"the demonstration's step, one thread: medians of {len(counted['ours'])} in turns, after {WARM_UP}\n")
+    print("| trainer | s a step | of them rollouts | rollouts | tokens | updates | mean reward of the first steps |")
+    print("|---|---|---|---|---|---|---|")
+    for name, measured in counted.items():
+        whole, rollout = (statistics.median(step[key] for step in measured) for key in ("whole", "rollout"))
+        each = [" to ".join(map(str, sorted({f(step[key] for step in measured) for f in (min, max)}))) for key in WORK]
+        first = statistics.fmean(step["reward"] for step in done[name][:WARM_UP])
+        print(f"| {name} | {whole:.3f} | {rollout:.3f} | {' | '.join(each)} | {first:.3f} |")
+    ratio = {name: statistics.median(step["whole"] for step in measured) for name, measured in counted.items()}
+    print(f"\nTRL / ours: {ratio['TRL'] / ratio['ours']:.2f}")
+
+
 def draw(costs: list[tuple[int, dict[str, float]]], title: str, picture: str) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -292,27 +544,86 @@ def draw(costs: list[tuple[int, dict[str, float]]], title: str, picture: str) ->
     FigureCanvasAgg(figure).print_png(picture)
 
 
-def against_trl(model, P: int, C: int, G: int, runs: int) -> None:
-    """Print the time of TRL's loss on the same tensors, and how far its gradients are from ours."""
-    batch = make_batch(model, P, C, G)
-    trl = trl_update(model, batch, P)
-    trl()
-    theirs = gradients(model)
-    model.zero_grad(set_to_none=True)
-    update(model, batch, share=True)
-    ours = gradients(model)
-    difference = ((ours - theirs).norm() / theirs.norm()).item()
-    ways = {"trl": trl, "shared": lambda: (model.zero_grad(set_to_none=True), update(model, batch, True))}
+def print_table(trainer, cases: list[tuple], runs: int, trl: bool) -> None:
+    """Print the time of each way at each (P, C, G); TRL's at the first."""
+    print("|   P |   C |  G | plain s | shared s | plain / shared | shared / dense | shared tokens / s |")
+    print("|----:|----:|---:|--------:|---------:|---------------:|---------------:|------------------:|")
+    off = None
+    for P, C, G in cases:
+        s, off_here = measure(trainer, (P, C, G), runs, trl=trl and (P, C, G) == cases[0])
+        if off_here is not None:
+            off, first = off_here, s
+        case = f"{P:3} | {C:3} | {G:2} | {s['plain']:7.3f} | {s['shared']:8.3f}"
+        ratios = f"{s['plain'] / s['shared']:14.2f} | {s['shared'] / s['dense']:14.2f}"
+        print(f"| {case} | {ratios} | {G * (P + C) / s['shared']:17.0f} |", flush=True)
+    if off is not None:
+        times = first["trl"] / first["shared"]
+        print("\nTRL at P={} C={} G={}: ".format(*cases[0]), end="")
+        print(f"{first['trl']:.3f} s, {times:.2f} x the shared prefix; gradients differ by {off:.1e}")
+
+
+def print_against_group_size(trainer, P: int, C: int, runs: int, picture: str) -> None:
+    """Print and draw the time of each way for 2 to 16 completions of one prompt."""
+    groups = (2, 4, 8, 16)
+    costs = [(G, measure(trainer, (P, C, G), runs)[0]) for G in groups]
+    print(f"\nCost against G at P={P} C={C}:")
+    print("|  G | plain s | shared s | dense s |\n|---:|--------:|---------:|--------:|")
+    for G, s in costs:
+        print(f"| {G:2} | {s['plain']:7.3f} | {s['shared']:8.3f} | {s['dense']:7.3f} |")
+    first, last = costs[0][1], costs[-1][1]
+    slope = {name: (last[name] - first[name]) / (groups[-1] - groups[0]) for name in ("plain", "shared", "dense")}
+    print("seconds an added completion: " + ", ".join(f"{name} {value:.4f}" for name, value in slope.items()))
+    draw(costs, f"P={P}, C={C}", picture)
+
+
+def print_ragged(trainer, runs: int, trl: bool) -> None:
+    """Print the time of each way on ragged batches, by group size and micro-batch."""
+    lengths = lognormal_lengths(len(RAGGED) * 8)
+    print(f"prompts of {', '.join(map(str, RAGGED))} tokens, G completions of each, ", end="")
+    print(f"{min(lengths)} to {max(lengths)} tokens, mean {statistics.fmean(lengths):.0f}\n")
+    print("|  G | tokens | shared s | plain s | dense s | shared / dense | TRL s (rows) | TRL / shared | gradients |")
+    print("|---:|-------:|---------:|--------:|--------:|---------------:|-------------:|-------------:|----------:|")
+    seconds = {}
+    for G, tokens, rows in BUDGETS:
+        s, off = measure(trainer, ragged(G), runs, trl, tokens, rows)
+        seconds[G, tokens] = s["shared"]
+        each = " | ".join(f"{s[name]:{width}.3f}" for name, width in (("shared", 8), ("plain", 7), ("dense", 7)))
+        theirs = (f"{s['trl']:.3f} ({rows})", f"{s['trl'] / s['shared']:.2f}", f"{off:.1e}") if trl else ("", "", "")
+        against = "{:>12} | {:>12} | {:>9}".format(*theirs)
+        print(f"| {G:2} | {tokens:6} | {each} | {s['shared'] / s['dense']:14.2f} | {against} |", flush=True)
+    small, whole = BUDGETS[2][1], BUDGETS[0][1]
+    print(f"\nmicro-batches of {small} tokens / whole groups: {seconds[8, small] / seconds[8, whole]:.2f}")
+
+
+def print_ragged_peaks(size: str, trl: bool) -> None:
+    """Print the peak memory of updates on ragged batches, against the group size."""
+    _, tokens, rows = BUDGETS[1]
+    print(f"\npeak memory beyond the weights, MB, micro-batches of {tokens} tokens (TRL: {rows} rows):")
+    print("| way | G = 8 | G = 32 | ratio |\n|---|---:|---:|---:|")
+    for way in ("shared", "plain", *["trl"] * trl):
+        few, many = (peak_memory(size, way, ragged(G), tokens, rows) for G in (8, 32))
+        print(f"| {way} | {few:.0f} | {many:.0f} | {many / few:.2f} |", flush=True)
+
+
+def print_checkpointing(runs: int) -> None:
+    """Print what gradient checkpointing saves, and what it costs."""
+    trainers = {}
+    for on in (False, True):
+        trainers[on] = make_trainer(make_model("deep", "cpu"), gradient_checkpointing=on)
+    batch = sampled_by(trainers[False], make_batch(trainers[False].model, *LONG))
+    ways = {on: partial(update, trainer, batch) for on, trainer in trainers.items()}
+    off = difference(*(gradient(trainers[on], ways[on]) for on in (True, False)))
     s = medians(ways, runs)
-    times = s["trl"] / s["shared"]
-    print(f"\nTRL at P={P} C={C} G={G}: {s['trl']:.3f} s, {times:.2f} x the shared prefix; ", end="")
-    print(f"gradients differ by {difference:.1e} (norm of the difference over the norm)")
+    peaks = {on: peak_memory("deep", "shared", LONG, gradient_checkpointing=on) for on in (False, True)}
+    print("\ngradient checkpointing at P={} C={} G={}, 8 layers: ".format(*LONG), end="")
+    print(f"peak {peaks[False]:.0f} -> {peaks[True]:.0f} MB, ratio {peaks[True] / peaks[False]:.2f}; ", end="")
+    print(f"{s[False]:.3f} -> {s[True]:.3f} s, ratio {s[True] / s[False]:.2f}; gradients differ by {off:.1e}")
 
 
-def print_peak_memory(size: str, P: int, C: int, G: int) -> None:
-    """Print the peak memory of an update both ways, each in a process of its own."""
-    peak = {way: statistics.median(peak_memory(size, way, P, C, G) for _ in range(3)) for way in ("plain", "shared")}
-    print(f"\npeak memory of an update at P={P} C={C} G={G}: ", end="")
+def print_peak_memory(size: str, case: tuple) -> None:
+    """Print the peak memory of an update both ways."""
+    peak = {way: peak_memory(size, way, case) for way in ("plain", "shared")}
+    print("\npeak memory of an update at P={} C={} G={}: ".format(*case), end="")
     ratio = peak["shared"] / peak["plain"]
     print(f"plain {peak['plain']:.0f} MB, shared {peak['shared']:.0f} MB, ratio {ratio:.2f}")
 
@@ -322,7 +633,10 @@ def main() -> None:
     parser.add_argument("--size", choices=SIZES, default="8m")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--runs", type=int, default=7, help="counted runs of each way")
+    parser.add_argument("--ragged", action="store_true", help="measure ragged batches in micro-batches instead")
     parser.add_argument("--trl", action="store_true", help="time TRL's loss too, and compare its gradients")
+    end_help = "measure so many whole steps of the demonstration and of TRL instead"
+    parser.add_argument("--end_to_end", type=int, nargs="?", const=11, metavar="STEPS", help=end_help)
     parser.add_argument("--picture", default="benchmark.png", help="where to draw the cost against G")
     port_help = "measure rollouts ahead instead, on the vLLM server at this port of 127.0.0.1"
     parser.add_argument("--vllm_port", type=int, help=port_help)
@@ -332,35 +646,24 @@ def main() -> None:
         parser.error("--vllm_port and --model go together")
     if arguments.vllm_port is not None:
         return rollouts_ahead(arguments.vllm_port, arguments.model, arguments.runs)
+    if arguments.end_to_end is not None:
+        return end_to_end(arguments.end_to_end)
     torch.set_num_threads(2)
-    model = make_model(arguments.size, arguments.device)
-    cases = CASES if arguments.size == "8m" else [(1052, 256, 8)]
-    parameters = sum(p.numel() for p in model.parameters())
-    print(f"{parameters / 1e6:.1f} M parameters, {arguments.device}, medians of {arguments.runs}\n")
-    print("|   P |   C |  G | plain s | shared s | plain / shared | shared / dense | shared tokens / s |")
-    print("|----:|----:|---:|--------:|---------:|---------------:|---------------:|------------------:|")
-    for P, C, G in cases:
-        s = three_ways(model, P, C, G, arguments.runs)
-        case = f"{P:3} | {C:3} | {G:2} | {s['plain']:7.3f} | {s['shared']:8.3f}"
-        ratios = f"{s['plain'] / s['shared']:14.2f} | {s['shared'] / s['dense']:14.2f}"
-        print(f"| {case} | {ratios} | {G * (P + C) / s['shared']:17.0f} |", flush=True)
-
-    if arguments.trl:
-        against_trl(model, *cases[0], arguments.runs)
-    P, C = cases[1][:2] if len(cases) > 1 else cases[0][:2]
-    groups = (2, 4, 8, 16)
-    costs = [(G, three_ways(model, P, C, G, arguments.runs)) for G in groups]
-    print(f"\nCost against G at P={P} C={C}:")
-    print("|  G | plain s | shared s | dense s |\n|---:|--------:|---------:|--------:|")
-    for G, s in costs:
-        print(f"| {G:2} | {s['plain']:7.3f} | {s['shared']:8.3f} | {s['dense']:7.3f} |")
-    first, last = costs[0][1], costs[-1][1]
-    slope = {name: (last[name] - first[name]) / (groups[-1] - groups[0]) for name in ("plain", "shared", "dense")}
-    print("seconds an added completion: " + ", ".join(f"{name} {value:.4f}" for name, value in slope.items()))
-    draw(costs, f"P={P}, C={C}", arguments.picture)
-
-    if arguments.device == "cpu":
-        print_peak_memory(arguments.size, *cases[0])
+    size, runs, on_cpu = arguments.size, arguments.runs, arguments.device == "cpu"
+    trainer = make_trainer(make_model(size, arguments.device))
+    parameters = sum(p.numel() for p in trainer.model.parameters())
+    print(f"{parameters / 1e6:.1f} M parameters, {arguments.device}, medians of {runs}\n")
+    if arguments.ragged:
+        print_ragged(trainer, runs, arguments.trl)
+        if on_cpu:
+            print_ragged_peaks(size, arguments.trl)
+            print_checkpointing(runs)
+        return
+    cases = [LONG] if size == "2b" else CASES
+    print_table(trainer, cases, runs, arguments.trl)
+    print_against_group_size(trainer, *cases[1 % len(cases)][:2], runs, arguments.picture)
+    if on_cpu:
+        print_peak_memory(size, cases[0])
 
 
 if __name__ == "__main__":

@@ -438,16 +438,33 @@ def test_no_micro_batch_waits_for_the_device(family, share, monkeypatch):
         replace(batch, rewards=batch.rewards[:3])
 
 
-def test_the_benchmark_compares_ways_with_the_same_gradients():
-    model = benchmark.make_model("8m", "cpu")
-    batch = benchmark.make_batch(model, P=benchmark.TEXT + 16, C=8, G=4)
-    gradients = []
-    for share in (False, True):
-        model.zero_grad(set_to_none=True)
-        benchmark.update(model, batch, share)
-        gradients.append(benchmark.gradients(model))
-    # float32 sums in another order
-    assert (gradients[0] - gradients[1]).norm() <= 1e-5 * gradients[0].norm()
-    dense = benchmark.dense_batch(batch, benchmark.TEXT + 16)
-    assert dense.input_ids.shape == (1, benchmark.TEXT + 16 + 4 * 8)
-    assert len(dense.extra_model_kwargs["image_grid_thw"]) == 1
+@pytest.fixture(scope="module")
+def benchmarked():
+    """(trainer, batch) of the benchmark: two pictures of different sizes, three completions of each, 1 to 9 tokens."""
+    trainer = benchmark.make_trainer(benchmark.make_model("8m", "cpu"))
+    batch = benchmark.make_batch(trainer.model, (benchmark.TEXT + 16, benchmark.TEXT + 4), [3, 9, 5, 7, 1, 2], G=3)
+    return trainer, benchmark.sampled_by(trainer, batch)
+
+
+def test_the_benchmark_compares_ways_with_the_same_gradients(benchmarked):
+    trainer, batch = benchmarked
+    ways = [benchmark.make_way(way, trainer, batch, tokens, 1) for way in ("plain", "shared") for tokens in (9999, 30)]
+    plain, *others = (benchmark.gradient(trainer, way) for way in ways)
+    assert plain.norm() > 0.1
+    assert max(benchmark.difference(other, plain) for other in others) <= 1e-5  # float32 sums in another order
+    # nothing is clipped, and no step changes the weights
+    assert trainer.update(batch)["logprob_difference"] <= 1e-5
+    assert benchmark.difference(benchmark.gradient(trainer, ways[0]), plain) <= 1e-6
+
+
+def test_the_benchmarks_floor_is_the_distinct_tokens_once(benchmarked):
+    trainer, batch = benchmarked
+    rows = benchmark.dense_rows(batch)
+    for k, (side, row) in enumerate(zip((4, 2), rows, strict=True)):
+        sampled = [ids[mask != 0] for ids, mask in zip(batch.input_ids[3 * k :][:3], batch.loss_mask[3 * k :][:3])]
+        prompt = batch.input_ids[3 * k, : benchmark.TEXT + side**2]
+        assert row.input_ids.tolist() == [torch.cat([prompt, *sampled]).tolist()]
+        assert row.attention_mask.all() and row.loss_mask.sum() == sum(map(len, sampled))
+        assert row.extra_model_kwargs["image_grid_thw"].tolist() == [[1, 2 * side, 2 * side]]  # one picture
+        assert len(row.pixel_values) == 4 * side**2 == 4 * (row.input_ids == benchmark.IMAGE_TOKEN).sum()
+    assert benchmark.gradient(trainer, benchmark.make_way("dense", trainer, batch, 1, 1)).norm() > 0.1
