@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
 import torch
@@ -27,6 +27,10 @@ from checkpoint import load_processor, without_video
 from media import MediaRules, load_part, media_parts, message_parts, pack_media, plain_messages
 from mm_grpo import MultimodalAdapter, MultimodalBatch, MultimodalRLConfig
 from rows import Row, Unusable, rollout_rows, token_tensors
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+    from verifiers.types import GenerateOutputs
 
 KEPT_BYTES = 2**28  # of encoded prompts with their media: the server asks for them, then the batch, then the next epoch
 TEXT_FORMS = (str, lambda text: [{"type": "text", "text": text}])  # some templates know strings only, some parts
@@ -68,7 +72,14 @@ class ProcessorAdapter(MultimodalAdapter):
         ValueError: the processor has no chat template, or one that loses what a user says.
     """
 
-    def __init__(self, processor, model_config=None, processor_kwargs=None, media_rules=None, on_control_tokens="warn"):
+    def __init__(
+        self,
+        processor: ProcessorMixin,
+        model_config: PreTrainedConfig | None = None,
+        processor_kwargs: dict[str, Any] | None = None,
+        media_rules: MediaRules | None = None,
+        on_control_tokens: str = "warn",
+    ):
         super().__init__(processor.tokenizer)
         self.processor, self.processor_kwargs = processor, dict(processor_kwargs or {})
         self.text_config = model_config and model_config.get_text_config()
@@ -163,7 +174,7 @@ class ProcessorAdapter(MultimodalAdapter):
 
     # -- rollouts to batch
 
-    def build_batch(self, outputs) -> MultimodalBatch:
+    def build_batch(self, outputs: GenerateOutputs) -> MultimodalBatch:
         rows = rollout_rows(outputs, self.placeholder_ids, getattr(self.text_config, "vocab_size", None), self._media)
         tensors = token_tensors(rows, self.tokenizer.pad_token_id or 0)
         media, spans = pack_media([row.media and row.media.tensors for row in rows], self.processor)
@@ -292,9 +303,14 @@ class LlavaAdapter(ProcessorAdapter):
 ADAPTERS = {"auto": ProcessorAdapter, "qwen": QwenVLAdapter, "llava": LlavaAdapter}
 
 
-def load_model(family: str, checkpoint: str | None, config: MultimodalRLConfig):
+def load_model(
+    family: str, checkpoint: str | None, config: MultimodalRLConfig
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, ProcessorAdapter]:
     """(model, tokenizer, adapter) of a checkpoint, a name or a folder; None: of a tiny model with random weights.
-    ValueError: no such folder, or weights that lack tensors."""
+
+    Raises:
+        ValueError: no such folder, or weights that lack tensors.
+    """
     rules = MediaRules(config.max_image_pixels, config.allowed_local_media_path, config.allowed_media_domains)
     if checkpoint is None:
         from tiny_vlm import make_tiny, use_one_thread

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoProcessor, PreTrainedModel, set_seed
+from transformers import AutoConfig, AutoProcessor, PreTrainedModel, ProcessorMixin, set_seed
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 from transformers.utils import is_torchvision_available
@@ -311,7 +311,7 @@ def without_video(kind: type) -> type:
     return type(kind.__name__, (kind,), {"get_attributes": classmethod(lambda cls: attributes)})
 
 
-def load_processor(checkpoint: str):
+def load_processor(checkpoint: str) -> ProcessorMixin:
     """The processor of a checkpoint, a name or a folder; without torchvision one that takes no video."""
     if not is_torchvision_available():
         kind = PROCESSOR_MAPPING.get(type(AutoConfig.from_pretrained(checkpoint)), None)

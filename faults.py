@@ -79,10 +79,12 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def halving(work: Callable[[int], Result], size: int, clean_up: Callable[[], None]) -> tuple[Result, int]:
     """(result, size) of `work(size)`. Where memory runs out it starts again from its beginning with half the size, down
-    to 1; said with a warning."""
+    to 1; the size that fits is said in one warning."""
+    reason = ""
     while True:
         try:
-            return work(size), size
+            result = work(size)
+            break
         except (RuntimeError, MemoryError) as error:
             if size == 1 or not is_out_of_memory(error):
                 raise
@@ -91,7 +93,9 @@ def halving(work: Callable[[int], Result], size: int, clean_up: Callable[[], Non
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         size //= 2
+    if reason:
         warnings.warn(f"out of memory ({reason}): from here on micro-batches of {size} tokens, with the same gradients")
+    return result, size
 
 
 class RunStopped(RuntimeError):

@@ -28,6 +28,7 @@ from transformers.cli.serving.utils import get_response_template
 from shared_prefix import prefill, tolerance
 
 if TYPE_CHECKING:
+    from adapters import ProcessorAdapter
     from mm_grpo import MultimodalRLConfig
 
 COMPARED_TOKENS = 3  # of a completion, to try the cache: one that the prompt predicts, two that the cache does
@@ -140,7 +141,16 @@ class LocalServer(httpx.AsyncBaseTransport):
 
     shares_weights = True
 
-    def __init__(self, model, adapter, seed=0, model_name="policy", max_model_len=None, max_images=16, bf16=False):
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        adapter: ProcessorAdapter,
+        seed: int = 0,
+        model_name: str = "policy",
+        max_model_len: int | None = None,
+        max_images: int = 16,
+        bf16: bool = False,
+    ):
         if missing := [name for name in ("encode_prompt", "prompt_inputs") if not hasattr(adapter, name)]:
             instead = "derive it from adapters.ProcessorAdapter, or roll out on a vLLM server (vllm_server_host)"
             raise TypeError(f"adapter: {type(adapter).__name__} has no {missing[0]}(), needed here: {instead}")
@@ -161,14 +171,14 @@ class LocalServer(httpx.AsyncBaseTransport):
         self.memory_ended = False  # once, and it was said
 
     @classmethod
-    def from_config(cls, model, adapter, config: MultimodalRLConfig) -> LocalServer:
+    def from_config(cls, model: torch.nn.Module, adapter: ProcessorAdapter, config: MultimodalRLConfig) -> LocalServer:
         """The server of a run with this config."""
         return cls(model, adapter, seed=config.seed, bf16=config.bf16)
 
     def connect(self) -> None:
         """Nothing to do: it is here."""
 
-    def sync(self, model) -> None:
+    def sync(self, model: torch.nn.Module) -> None:
         """The model that samples is the model that trains: only the random streams are new."""
         self.updates += 1
         self.times_asked.clear()

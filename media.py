@@ -104,10 +104,16 @@ def image_urls(messages: Sequence[Any]) -> list[str]:
 
 
 def load_image(url: str, rules: MediaRules = MediaRules(), frames: int = 1) -> Image.Image:
-    """The image of a base64 `data:` URI, or at an address that the rules let in, as RGB; ValueError for any other.
+    """The image of a base64 `data:` URI, or at an address that the rules let in, as RGB.
 
     Turned as its EXIF data says and laid on white where it is transparent, as vLLM does it: trainer and server must see
     the same pixels. It may be one of so many frames, whose pixels count together.
+
+    Raises:
+        ValueError: the address is of another kind, or the rules do not let it in; it is no such file, or too large a
+            one; a web address does not answer in time; a format that is not in FORMATS, or a damaged file; too many
+            pixels, too long a side, several frames; more than 8 bits a channel.
+        MemoryError: there is not enough to decode it.
     """
     try:
         return decoded(file_bytes(url, rules), rules.max_image_pixels, frames)

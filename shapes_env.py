@@ -123,7 +123,13 @@ class ShapesEnv(vf.MultiTurnEnv):
 
 
 def load_environment(
-    num_train_examples=1024, num_eval_examples=256, image_size=56, images_per_prompt=1, blind=False, seed=0, turns=1
+    num_train_examples: int = 1024,
+    num_eval_examples: int = 256,
+    image_size: int = 56,
+    images_per_prompt: int = 1,
+    blind: bool = False,
+    seed: int = 0,
+    turns: int = 1,
 ) -> vf.MultiTurnEnv:
     """The environment, as `verifiers.load_environment("shapes-env", ...)` makes it.
 

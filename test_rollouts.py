@@ -6,7 +6,10 @@ A second server in this process, with a copy of the weights, stands for one far 
 """
 
 import asyncio
+import contextlib
 import copy
+import functools
+import inspect
 import math
 import random
 import threading
@@ -171,6 +174,47 @@ def test_threads_of_an_environment_stay_threads():
     trainer = conftest.make_trainer("qwen", env=env, rollouts_per_step=2, rollouts_per_example=2, max_tokens=2)
     assert [rollout["error"] for rollout in trainer.rollouts.collect()["outputs"]] == [None] * 2
     assert len(used) == 2 and trainer.rollouts.thread not in used
+
+
+class Judge:
+    """Reward functions of every kind."""
+
+    def method(self, completion, answer="", *, info=None):
+        return 1.0
+
+    def __call__(self, completion, **more):
+        return 2.0
+
+
+def passed_on(function):
+    @functools.wraps(function)
+    def wrapper(*args, **named):
+        return function(*args, **named)
+
+    return wrapper
+
+
+def test_the_signatures_that_verifiers_asks_for_are_kept_and_change_nothing():
+    def plain(completion: list, state) -> float:
+        return 4.0
+
+    kinds = [Judge().method, Judge(), passed_on(plain), plain, lambda **named: len(named) > 3]
+    for i, function in enumerate(kinds):
+        with contextlib.suppress(AttributeError):  # of a method, which has a name
+            function.__name__ = f"reward_{i}"
+    env = vf.SingleTurnEnv(
+        dataset=Dataset.from_list([{"prompt": message("red"), "answer": ""}]), rubric=vf.Rubric(funcs=kinds)
+    )
+    asked = [*kinds, *env._stop_conditions]
+    before = [inspect.signature(function) for function in asked]
+    trainer = conftest.make_trainer("qwen", env=env, rollouts_per_step=2, rollouts_per_example=2, max_tokens=2)
+    for _ in range(2):
+        (rollout, _) = trainer.rollouts.collect()["outputs"]
+        rewards = {"method": 1.0, "reward_1": 2.0, "reward_2": 4.0, "reward_3": 4.0, "reward_4": 1.0}
+        assert rollout["metrics"] == {**rewards, "num_turns": 1.0} and rollout["stop_condition"] == "max_turns_reached"
+        assert [inspect.signature(function) for function in asked] == before
+    kept = [getattr(function, "__func__", function) for function in asked if not isinstance(function, Judge)]
+    assert all(inspect.signature(function) is inspect.signature(function) for function in kept)
 
 
 # ---------------------------------------------------------------- a server that is lost

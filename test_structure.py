@@ -130,6 +130,17 @@ def test_all_rooms_together_stay_small():
     assert sum(len((HERE / f"{room}.py").read_text().splitlines()) for room in ROOMS) <= 5000
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["shapes_env.load_environment", "tones_env.load_environment", "adapters.load_model", "local_server.__init__"]
+    + ["vllm_server.__init__", "checkpoint.load_processor", "tiny_vlm.make_tiny", "media.load_image"],
+)
+def test_what_users_call_says_the_types_of_what_it_takes_and_gives(name):
+    node = functions(name.partition(".")[0])[name]
+    arguments = [*node.args.args, *node.args.kwonlyargs]
+    assert all(each.annotation for each in arguments if each.arg != "self") and (node.returns or "__init__" in name)
+
+
 def test_only_the_parts_of_python_and_the_listed_packages_are_imported():
     """What stands in requirements.txt, or comes with it: pydantic, httpx, datasets, ... with openai and verifiers."""
     listed = {line.split("==")[0] for line in (HERE / "requirements.txt").read_text().split()}

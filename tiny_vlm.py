@@ -21,7 +21,8 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.trainers import BpeTrainer
-from transformers import AutoConfig, PreTrainedTokenizerFast
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast, ProcessorMixin
+from transformers.image_processing_utils import BaseImageProcessor
 from transformers.utils import is_torchvision_available
 
 from checkpoint import save_checkpoint, without_video
@@ -147,7 +148,7 @@ def make_tokenizer(family: Family) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names, **how)
 
 
-def make_config(family: Family, tokenizer: PreTrainedTokenizerFast, text: dict[str, Any], facts):
+def make_config(family: Family, tokenizer: PreTrainedTokenizerFast, text: dict[str, Any], facts) -> PreTrainedConfig:
     special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     # untied before the model is made: weights that were tied then would be saved without a head
     always = dict(max_position_embeddings=1024, initializer_range=INIT_STD, tie_word_embeddings=False)
@@ -159,7 +160,7 @@ def make_config(family: Family, tokenizer: PreTrainedTokenizerFast, text: dict[s
     return AutoConfig.for_model(family.model_type, **parts, **facts(family.config), tie_word_embeddings=False)
 
 
-def make_processor(family: Family, tokenizer: PreTrainedTokenizerFast, config, facts):
+def make_processor(family: Family, tokenizer: PreTrainedTokenizerFast, config, facts) -> ProcessorMixin:
     """The family's own. Without torchvision: with Pillow, and without its part for video."""
     kind = getattr(transformers, family.processor_class or transformers.PROCESSOR_MAPPING[type(config)].__name__)
     if "video_processor" in kind.get_attributes() and not is_torchvision_available():
@@ -183,7 +184,9 @@ def image_processor_class(family: Family, config) -> type:
     return kinds["pil" if pil else "torchvision"]
 
 
-def make_tiny(family: str, seed: int = 0, hidden_size: int = 64, num_layers: int = 2, image_size: int = 56):
+def make_tiny(
+    family: str, seed: int = 0, hidden_size: int = 64, num_layers: int = 2, image_size: int = 56
+) -> tuple[PreTrainedModel, ProcessorMixin]:
     """Make a tiny multimodal model of a real family with random weights.
 
     Args:
@@ -229,7 +232,9 @@ def make_tiny(family: str, seed: int = 0, hidden_size: int = 64, num_layers: int
     return model.eval(), make_processor(row, tokenizer, config, facts)
 
 
-def make_tiny_vlm(family: str, seed: int = 0, hidden_size: int = 64, num_layers: int = 2, image_size: int = 56):
+def make_tiny_vlm(
+    family: str, seed: int = 0, hidden_size: int = 64, num_layers: int = 2, image_size: int = 56
+) -> tuple[PreTrainedModel, PreTrainedTokenizerFast, BaseImageProcessor]:
     """`make_tiny`, its processor in parts: (model, tokenizer, image_processor)."""
     model, processor = make_tiny(family, seed, hidden_size, num_layers, image_size)
     return model, processor.tokenizer, processor.image_processor

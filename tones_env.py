@@ -95,7 +95,12 @@ def make_rubric() -> vf.Rubric:
 
 
 def load_environment(
-    num_train_examples=1024, num_eval_examples=256, sampling_rate=16000, sounds_per_prompt=1, deaf=False, seed=0
+    num_train_examples: int = 1024,
+    num_eval_examples: int = 256,
+    sampling_rate: int = 16000,
+    sounds_per_prompt: int = 1,
+    deaf: bool = False,
+    seed: int = 0,
 ) -> vf.SingleTurnEnv:
     """The environment, as `verifiers.load_environment("tones-env", ...)` makes it.
 

@@ -32,7 +32,7 @@ from transformers.utils import is_torchvision_available
 from checkpoint import published_weights, whole_folder
 
 if TYPE_CHECKING:
-    from mm_grpo import MultimodalRLConfig
+    from mm_grpo import MultimodalAdapter, MultimodalRLConfig
 
 VLLM_COMMAND = "VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --logprobs-mode processed_logprobs --generation-config vllm"
 PROBE_SIZES = ((32, 32), (448, 336), (1344, 1008))  # (width, height) of pictures that both sides must expand alike
@@ -65,7 +65,15 @@ class VLLMServer:
     shares_weights = False
 
     def __init__(
-        self, model, adapter, host: str, port: int, weights_dir, timeout=240.0, generation_timeout=600.0, api_key=None
+        self,
+        model: torch.nn.Module,
+        adapter: MultimodalAdapter,
+        host: str,
+        port: int,
+        weights_dir: str | Path,
+        timeout: float = 240.0,
+        generation_timeout: float = 600.0,
+        api_key: str | None = None,
     ):
         self.model, self.adapter, self.host, self.port = model, adapter, host, port
         self.url, self.timeout = f"http://{host}:{port}", timeout
