@@ -30,9 +30,9 @@ SMALL = dict(rollouts_per_step=8, rollouts_per_example=4, max_tokens=3, eval_exa
 
 
 def fitted(optim: str, steps: int, seed: int = 0, **settings):
-    """(model, optimizer, a function that makes one more step) after fitting a random map by least squares."""
+    """(two linear layers, their optimizer, a function that makes one more step) after fitting a random map."""
     draw = torch.Generator().manual_seed(seed)
-    model = nn.Linear(128, 64)  # 8,192 weights; a bias of 64
+    model = nn.Sequential(nn.Linear(128, 64), nn.Linear(64, 64))  # 8,192 and 4,096 weights; biases of 64
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=draw) / 10)
@@ -67,10 +67,11 @@ def test_an_optimizer_costs_a_parameter_the_bytes_that_the_readme_says(optim):
         return sum(tensor.nbytes for tensor in state) / parameter.numel()
 
     expected = {"adamw_torch": 8, "adamw_8bit": 2 + 2 * 4 / 256}[optim]  # a byte and, for 256 of them, a float32 scale
-    assert bytes_a_parameter(model.weight) == expected
-    assert bytes_a_parameter(model.bias) == 8  # fewer than 4,096 elements
+    first, second = model
+    assert bytes_a_parameter(first.weight) == bytes_a_parameter(second.weight) == expected
+    assert bytes_a_parameter(first.bias) == 8  # fewer than 4,096 elements
     weights, gradients, state, whole = readme_row(optim)
-    assert weights == model.weight.element_size() and gradients == model.weight.grad.element_size()
+    assert weights == first.weight.element_size() and gradients == first.weight.grad.element_size()
     assert state == round(expected, 2) and whole == pytest.approx(weights + gradients + state)
 
 
@@ -91,13 +92,13 @@ def test_the_tables_of_the_8_bit_optimizer_are_there_once_for_all_parameters():
 
 @needs("bitsandbytes")
 def test_8_bits_lead_where_32_do():
-    """Dettmers et al.'s claim, on 50 steps of least squares: the weights go the same way, within a few percent."""
-    start, _, _ = fitted("adamw_torch", steps=0)
-    full, small = (fitted(optim, steps=50)[0] for optim in OPTIMIZERS)
-    way, apart = (full.weight - start.weight).norm(), (full.weight - small.weight).norm()
-    assert 0 < apart <= 0.05 * way
-    # a tensor that is too small for 8 bits goes the very same way, but for the order of float32 operations
-    assert torch.allclose(full.bias, small.bias, atol=0.02 * (full.bias - start.bias).abs().max().item())
+    """Dettmers et al.'s claim, on 30 steps: the weights go the same way, within a few percent of its length."""
+    start, full, small = (
+        torch.cat([p.detach().flatten() for p in fitted(optim, steps)[0].parameters()])
+        for optim, steps in (("adamw_torch", 0), ("adamw_torch", 30), ("adamw_8bit", 30))
+    )
+    way, apart = (full - start).norm(), (full - small).norm()
+    assert 0 < apart <= 0.05 * way  # 0.03: moments in bytes are off by percents, an update by as much of its length
 
 
 @pytest.mark.parametrize("optim", EACH)
