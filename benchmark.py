@@ -495,8 +495,9 @@ def end_to_end(steps: int) -> None:
     quiet_libraries()
     with tempfile.TemporaryDirectory() as folder:
         done = in_turns(steps, folder)
-    counted = {name: measured[min(WARM_UP, steps - 1) :] for name, measured in done.items()}
-    print(f"the demonstration's step, one thread: medians of {len(counted['ours'])} in turns, after {WARM_UP}\n")
+    skipped = min(WARM_UP, steps - 1)
+    counted = {name: measured[skipped:] for name, measured in done.items()}
+    print(f"the demonstration's step, one thread: medians of {steps - skipped} of each, in turns, after {skipped}\n")
     print("| trainer | s a step | of them rollouts | rollouts | tokens | updates | mean reward of the first steps |")
     print("|---|---|---|---|---|---|---|")
     for name, measured in counted.items():
