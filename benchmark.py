@@ -65,18 +65,13 @@ TEXT = 28  # prompt tokens that are not the image's
 IMAGE_TOKEN, VISION_START, VISION_END = 3, 1, 2
 SIZES = {
     "8m": dict(
-        vocab=2048, mrope=[8, 12, 12],
-        text=dict(
-            hidden_size=256, intermediate_size=768, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=4,
-        ),
+        vocab=2048, mrope=[8, 12, 12], heads=(4, 4),
+        text=dict(hidden_size=256, intermediate_size=768, num_hidden_layers=4),
         vision=dict(depth=4, embed_dim=256, hidden_size=256, num_heads=4, mlp_ratio=2),
     ),
     "2b": dict(
-        vocab=151936, mrope=[16, 24, 24],
-        text=dict(
-            hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, num_attention_heads=12,
-            num_key_value_heads=2,
-        ),
+        vocab=151936, mrope=[16, 24, 24], heads=(12, 2),
+        text=dict(hidden_size=1536, intermediate_size=8960, num_hidden_layers=28),
         vision=dict(depth=32, embed_dim=1280, hidden_size=1536, num_heads=16, mlp_ratio=4),
     ),
 }  # fmt: skip
@@ -88,6 +83,7 @@ def make_model(size: str, device: str) -> Qwen2VLForConditionalGeneration:
     shape = SIZES[size]
     rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": shape["mrope"]}
     text = dict(vocab_size=shape["vocab"], max_position_embeddings=8192, rope_parameters=rope, **shape["text"])
+    text |= dict(zip(("num_attention_heads", "num_key_value_heads"), shape["heads"]))
     config = Qwen2VLConfig(
         text_config=dict(bos_token_id=None, eos_token_id=0, pad_token_id=0, **text),
         vision_config=shape["vision"],
@@ -145,10 +141,11 @@ def make_batch(model, P: int | Sequence[int], C: int | Sequence[int], G: int) ->
     )
 
 
-def lognormal_lengths(rows: int, mean: float = 55, longest: int = 128) -> list[int]:
-    """Lengths of completions as they come, most of them short, a few cut off: evenly spaced quantiles, shuffled."""
+def lognormal_lengths(rows: int) -> list[int]:
+    """Lengths of completions as they come, most of them short, a few cut off at 128; their mean is 55. Evenly spaced
+    quantiles, shuffled: the same spread for any number of rows."""
     normal = torch.special.ndtri((torch.arange(rows) + 0.5) / rows)
-    lengths = (mean * (0.6 * normal - 0.18).exp()).round().clamp(1, longest).long()
+    lengths = (47.6 * (0.6 * normal).exp()).round().clamp(1, 128).long()
     return lengths[torch.randperm(rows, generator=torch.Generator().manual_seed(0))].tolist()
 
 
@@ -219,12 +216,12 @@ def dense_update(trainer: MultimodalGRPOTrainer, rows: list[MultimodalBatch]) ->
     trainer.optimizer_step()
 
 
-def trl_settings(folder: str, **settings):
+def trl_settings(folder: str, device: torch.device, **settings):
     """TRL's own defaults but for these, and for what it would write and recompute."""
     from trl import GRPOConfig
 
     quiet = dict(output_dir=folder, report_to=[], save_strategy="no", disable_tqdm=True, logging_steps=10**9)
-    precision = dict(bf16=False, gradient_checkpointing=False, use_cpu=not torch.cuda.is_available())
+    precision = dict(bf16=False, gradient_checkpointing=False, use_cpu=device.type == "cpu")
     return GRPOConfig(**quiet, **precision, **settings)
 
 
@@ -233,30 +230,23 @@ def trl_micro_batches(batch: MultimodalBatch, rows: int) -> list[dict]:
     whole batch, in its order, so many rows at a time, each with its own copy of the picture."""
     starts, ends = prompt_lengths(batch)[:, None], batch.attention_mask.sum(-1, keepdim=True)  # (B, 1)
     P, C = int(starts.max()), int((ends - starts).max())
-    source = torch.arange(P + C) - (P - starts)  # (B, P + C) the column that comes here
+    source = torch.arange(P + C, device=starts.device) - (P - starts)  # (B, P + C) the column that comes here
     inside = (source >= 0) & (source < ends)
 
     def padded(tensor: Tensor) -> Tensor:  # (B, L) -> (B, P + C)
         return tensor.gather(1, source.clamp(0, tensor.shape[1] - 1)) * inside
 
-    ids, mask, types = map(
-        padded, (batch.input_ids, batch.attention_mask, batch.extra_model_kwargs["mm_token_type_ids"])
-    )
-    advantages, parts = row_advantages(batch, "group"), []
+    ids, mask = padded(batch.input_ids), padded(batch.attention_mask)
+    sides = {"prompt": slice(P), "completion": slice(P, None)}
+    by_row = {f"{side}_ids": ids[:, part] for side, part in sides.items()}
+    by_row |= {f"{side}_mask": mask[:, part] for side, part in sides.items()}
+    by_row["mm_token_type_ids"] = padded(batch.extra_model_kwargs["mm_token_type_ids"])
+    by_row["advantages"] = row_advantages(batch, "group").to(ids.device)
+    parts = []
     for part in torch.arange(len(batch)).split(rows):
         media = batch.select(part).model_inputs()
-        parts.append({
-            "prompt_ids": ids[part, :P],
-            "prompt_mask": mask[part, :P],
-            "completion_ids": ids[part, P:],
-            "completion_mask": mask[part, P:],
-            "mm_token_type_ids": types[part],
-            "advantages": advantages[part],
-            "pixel_values": media["pixel_values"],
-            "image_grid_thw": media["image_grid_thw"],
-            "num_images": [1] * len(part),
-            "num_items_in_batch": batch.loss_mask.sum(),
-        })  # fmt: skip
+        inputs = {**{name: media[name] for name in batch.media_spans}, "num_items_in_batch": batch.loss_mask.sum()}
+        parts.append({**inputs, **{name: t[part] for name, t in by_row.items()}, "num_images": [1] * len(part)})
     return parts
 
 
@@ -273,14 +263,11 @@ def trl_way(trainer: MultimodalGRPOTrainer, batch: MultimodalBatch, rows: int) -
         theirs = GRPOTrainer(
             model=trainer.model,
             reward_funcs=lambda completions, **_: [0.0] * len(completions),
-            args=trl_settings(folder, beta=0.0, loss_type="dapo", temperature=1.0, **each),
+            args=trl_settings(folder, trainer.device, beta=0.0, loss_type="dapo", temperature=1.0, **each),
             train_dataset=Dataset.from_list([{"prompt": "a"}] * rows),
             processing_class=make_tiny_vlm("qwen")[1],
         )
-    theirs.current_gradient_accumulation_steps = 1
-    parts = trl_micro_batches(batch, rows)
-    on_device = lambda value: value.to(trainer.device) if isinstance(value, Tensor) else value
-    parts = [{name: on_device(value) for name, value in part.items()} for part in parts]
+    parts = trl_micro_batches(batch.to(trainer.device), rows)
 
     def run() -> None:
         for part in parts:
@@ -371,7 +358,6 @@ def rollouts_ahead(port: int, folder: str, runs: int) -> None:
     from transformers import AutoModelForImageTextToText, AutoTokenizer
 
     from adapters import QwenVLAdapter
-    from mm_grpo import MultimodalGRPOTrainer, MultimodalRLConfig
     from report import quiet_libraries
 
     quiet_libraries()
@@ -382,17 +368,9 @@ def rollouts_ahead(port: int, folder: str, runs: int) -> None:
         for ahead in steps:
             model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
             with tempfile.TemporaryDirectory() as output_dir:
-                config = MultimodalRLConfig(
-                    output_dir=output_dir,
-                    vllm_server_host="127.0.0.1",
-                    vllm_server_port=port,
-                    async_rollouts=ahead,
-                    max_steps=100,
-                    learning_rate=1e-5,
-                    rollouts_per_step=32,
-                    rollouts_per_example=8,
-                    max_tokens=64,
-                )
+                server = dict(vllm_server_host="127.0.0.1", vllm_server_port=port, async_rollouts=ahead, max_steps=100)
+                rows = dict(rollouts_per_step=32, rollouts_per_example=8, max_tokens=64)
+                config = MultimodalRLConfig(output_dir=output_dir, learning_rate=1e-5, **server, **rows)
                 trainer = MultimodalGRPOTrainer(model, tokenizer, QwenVLAdapter(tokenizer), config)
                 trainer.set_environment("shapes-env", num_train_examples=64, num_eval_examples=1)
                 block = [trainer.step() for _ in range(9)]
@@ -460,7 +438,7 @@ def trl_trainer(trainer: MultimodalGRPOTrainer, folder: str, steps: int, now: di
     theirs = Timed(
         model=folder,
         reward_funcs=reward,
-        args=trl_settings(folder, model_init_kwargs={"dtype": "float32"}, **settings),
+        args=trl_settings(folder, trainer.device, model_init_kwargs={"dtype": "float32"}, **settings),
         train_dataset=trl_dataset(trainer, steps),
         processing_class=copy.deepcopy(trainer.adapter.processor),
         callbacks=[callback],
@@ -517,8 +495,9 @@ def end_to_end(steps: int) -> None:
     quiet_libraries()
     with tempfile.TemporaryDirectory() as folder:
         done = in_turns(steps, folder)
-    counted = {name: measured[min(WARM_UP, steps - 1) :] for name, measured in done.items()}
-    print(f"the demonstration's step, one thread: medians of {len(counted['ours'])} in turns, after {WARM_UP}\n")
+    skipped = min(WARM_UP, steps - 1)
+    counted = {name: measured[skipped:] for name, measured in done.items()}
+    print(f"the demonstration's step, one thread: medians of {steps - skipped} of each, in turns, after {skipped}\n")
     print("| trainer | s a step | of them rollouts | rollouts | tokens | updates | mean reward of the first steps |")
     print("|---|---|---|---|---|---|---|")
     for name, measured in counted.items():
@@ -548,18 +527,18 @@ def print_table(trainer, cases: list[tuple], runs: int, trl: bool) -> None:
     """Print the time of each way at each (P, C, G); TRL's at the first."""
     print("|   P |   C |  G | plain s | shared s | plain / shared | shared / dense | shared tokens / s |")
     print("|----:|----:|---:|--------:|---------:|---------------:|---------------:|------------------:|")
-    off = None
+    against = ""
     for P, C, G in cases:
-        s, off_here = measure(trainer, (P, C, G), runs, trl=trl and (P, C, G) == cases[0])
-        if off_here is not None:
-            off, first = off_here, s
+        s, off = measure(trainer, (P, C, G), runs, trl=trl and (P, C, G) == cases[0])
         case = f"{P:3} | {C:3} | {G:2} | {s['plain']:7.3f} | {s['shared']:8.3f}"
         ratios = f"{s['plain'] / s['shared']:14.2f} | {s['shared'] / s['dense']:14.2f}"
         print(f"| {case} | {ratios} | {G * (P + C) / s['shared']:17.0f} |", flush=True)
-    if off is not None:
-        times = first["trl"] / first["shared"]
-        print("\nTRL at P={} C={} G={}: ".format(*cases[0]), end="")
-        print(f"{first['trl']:.3f} s, {times:.2f} x the shared prefix; gradients differ by {off:.1e}")
+        if off is not None:
+            against = (
+                f"\nTRL at P={P} C={C} G={G}: {s['trl']:.3f} s, {s['trl'] / s['shared']:.2f} x the shared prefix; "
+            )
+            against += f"gradients differ by {off:.1e} (norm of the difference over the norm)"
+    print(against)
 
 
 def print_against_group_size(trainer, P: int, C: int, runs: int, picture: str) -> None:
