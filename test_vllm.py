@@ -620,12 +620,17 @@ def test_a_server_killed_for_good_ends_the_run_within_the_timeout_and_the_checkp
     ahead, servers, folder, monkeypatch
 ):
     server = servers("qwen", "mortal", **{"api-key": KEY})
-    trainer = make_trainer("qwen", server, vllm_server_timeout=5.0, vllm_api_key=KEY, async_rollouts=ahead, **folder)
+    trainer = make_trainer("qwen", server, vllm_api_key=KEY, async_rollouts=ahead, **folder)
     step = trainer.step
 
     def then_kill():
-        metrics = step()
+        try:
+            metrics = step()
+        except TimeoutError:
+            server.given_up_at = time.monotonic()  # what is saved and drawn after that takes its time
+            raise
         if trainer.policy.version == 3:
+            trainer.server.timeout = trainer.server.http.timeout = 5.0  # not before: a busy machine answers later
             server.kill()
             server.killed_at = time.monotonic()
         return metrics
@@ -636,7 +641,7 @@ def test_a_server_killed_for_good_ends_the_run_within_the_timeout_and_the_checkp
         pytest.raises(TimeoutError, match="vllm_server_timeout=5 s. Start one"),
     ):
         trainer.train()
-    assert time.monotonic() - server.killed_at < 5 + 30  # and not 240
+    assert server.given_up_at - server.killed_at < 5 + 30  # and not 240
     lines = (Path(trainer.config.output_dir) / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 2, 3]
     (checkpoint,) = checkpoints(
