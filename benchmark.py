@@ -51,6 +51,7 @@ from mm_grpo import (
     row_advantages,
     token_logprobs,
 )
+from optimizers import clip_and_step
 from output_head import in_chunks
 from shared_prefix import prompt_lengths
 
@@ -213,7 +214,7 @@ def dense_update(trainer: MultimodalGRPOTrainer, rows: list[MultimodalBatch]) ->
             logprobs_of = lambda hidden, targets: token_logprobs(head(hidden), targets)
             logprobs, _ = in_chunks(logprobs_of, hidden[trained], row.input_ids[:, 1:][trained])
         (-logprobs.sum() / tokens).backward()
-    trainer.optimizer_step()
+    clip_and_step(trainer.optimizer, trainer.config.max_grad_norm)
 
 
 def trl_settings(folder: str, device: torch.device, **settings):
@@ -272,7 +273,7 @@ def trl_way(trainer: MultimodalGRPOTrainer, batch: MultimodalBatch, rows: int) -
     def run() -> None:
         for part in parts:
             theirs._compute_loss(trainer.model, dict(part)).backward()
-        trainer.optimizer_step()
+        clip_and_step(trainer.optimizer, trainer.config.max_grad_norm)
 
     return run
 
