@@ -186,6 +186,7 @@ class Rollouts:
         self.thread.start()
         self.stop_loop = weakref.finalize(self, self.loop.call_soon_threadsafe, self.loop.stop)
         self.greeted = False  # whether the client has made its first request
+        self.failed_sync: Exception | None = None
         self.rubric: list[str] = []
         self.policy_version = 0
         self.server_version = None if config.sync_to_vllm_every else 0  # without updates it is taken as it started
@@ -237,6 +238,7 @@ class Rollouts:
 
     def collect(self) -> GenerateOutputs:
         """Roll out the step's prompts, G completions each; their rewards are those of `primary_reward_key`."""
+        self.expect_synced()
         with self.clock("rollout"):
             outputs = self.sample(self.examples(self.policy.version), self.config.temperature)
         self.policy_version = self.server_version
@@ -398,14 +400,24 @@ class Rollouts:
     def sync(self) -> None:
         """Give the server the policy as it is now."""
         self.server.sync(self.policy.model)
-        self.server_version = self.policy.version
+        self.server_version, self.failed_sync = self.policy.version, None
 
     def sync_when_due(self) -> None:
-        """The same, every `sync_to_vllm_every` steps; a server in this process has the weights at every step."""
+        """The same, every `sync_to_vllm_every` steps; a server in this process has the weights at every step.
+
+        Where it fails, the next rollouts do: the step is trained by now, and its metrics are still to be logged."""
         every = self.config.sync_to_vllm_every
         if self.server.shares_weights or (every and self.policy.version % every == 0):
             with self.clock("sync"):
-                self.sync()
+                try:
+                    self.sync()
+                except Exception as error:
+                    self.failed_sync = error
+
+    def expect_synced(self) -> None:
+        """Raises what the last weight update raised."""
+        if self.failed_sync is not None:
+            raise self.failed_sync
 
     def stop(self) -> None:
         """Call off what is still running; nobody waits for it any more."""
@@ -438,6 +450,7 @@ class RolloutsAhead(Rollouts):
         )
 
     def collect(self) -> GenerateOutputs:
+        self.expect_synced()
         if self.running is not None and self.running[0] != self.policy.version:  # a step is tried again
             self.stop()
         if self.running is None:

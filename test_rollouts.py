@@ -10,6 +10,7 @@ import contextlib
 import copy
 import functools
 import inspect
+import json
 import math
 import random
 import threading
@@ -23,6 +24,7 @@ import verifiers as vf
 from datasets import Dataset
 
 import conftest
+from checkpoint import checkpoints
 from conftest import make_tiny, message
 from local_server import LocalServer
 from mm_grpo import MultimodalGRPOTrainer, MultimodalRLConfig, score
@@ -236,6 +238,32 @@ def test_a_server_that_is_lost_again_and_again_ends_the_run():
         pytest.raises(RuntimeError, match=f"lost {ATTEMPTS} times.*see its log"),
     ):
         trainer.step()
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_a_weight_update_that_fails_ends_the_run_and_leaves_no_gap_in_its_metrics(ahead, tmp_path):
+    """The step was trained and saved, and had no line in metrics.jsonl: a run that went on from there never had it."""
+    trainer = make_trainer(async_rollouts=ahead, output_dir=str(tmp_path), eval_examples=0, max_steps=6)
+    sync, updates = trainer.server.sync, []
+
+    def sync_until_the_third_step(model):
+        updates.append(trainer.policy.version)
+        if trainer.policy.version == 3:
+            raise RuntimeError("no route")
+        sync(model)
+
+    trainer.server.sync = sync_until_the_third_step
+    with pytest.raises(RuntimeError, match="no route"):
+        trainer.train()
+    lines = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert lines == [1, 2, 3] and [path.name for path in checkpoints(tmp_path)] == ["checkpoint-3"]
+    assert updates == [0, 1, 2, 3] and trainer.rollouts.server_version == 2  # tried once
+    trainer.server.sync = sync
+    with pytest.raises(RuntimeError, match="no route"):
+        trainer.step()  # never on weights that came in part
+    trainer.rollouts.sync()
+    assert on_policy(trainer.step()) and trainer.policy.version == 4
+    trainer.close()
 
 
 # ---------------------------------------------------------------- rollouts ahead
