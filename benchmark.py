@@ -539,7 +539,8 @@ def print_table(trainer, cases: list[tuple], runs: int, trl: bool) -> None:
                 f"\nTRL at P={P} C={C} G={G}: {s['trl']:.3f} s, {s['trl'] / s['shared']:.2f} x the shared prefix; "
             )
             against += f"gradients differ by {off:.1e} (norm of the difference over the norm)"
-    print(against)
+    if against:
+        print(against)
 
 
 def print_against_group_size(trainer, P: int, C: int, runs: int, picture: str) -> None:
