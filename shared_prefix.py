@@ -38,7 +38,7 @@ logger = logging.getLogger("mm_grpo")
 
 KEY_TOKENS = 4  # tokens of a prompt that cost a row that goes on from it as much memory as one of its own: of them it
 # holds a copy of keys and values, of its own every activation
-SMALL = 512  # tokens that are hardly worth a forward pass of their own
+FEW_TOKENS = 512  # tokens that are hardly worth a forward pass of their own
 
 
 @dataclass
@@ -196,13 +196,13 @@ def micro_batches(
 
 def within(budget: int, widths: Sequence[int]) -> list[list[int]]:
     """The numbers of these widths in parts that are no larger than the budget when each is padded to its part's widest,
-    narrow ones first; what is too wide by itself is a part of its own. Nor is a part of more than SMALL tokens padded
+    narrow ones first; what is too wide by itself is a part of its own. Nor is a part of more than FEW_TOKENS tokens padded
     by more than a quarter, whatever the budget allows."""
     parts: list[list[int]] = []
     real = 0  # tokens of the last part without its padding
     for number in sorted(range(len(widths)), key=widths.__getitem__):
         padded = (len(parts[-1]) + 1) * widths[number] if parts else 0
-        if not parts or padded > budget or (real > SMALL and padded > 1.25 * (real + widths[number])):
+        if not parts or padded > budget or (real > FEW_TOKENS and padded > 1.25 * (real + widths[number])):
             parts.append([])
             real = 0
         parts[-1].append(number)

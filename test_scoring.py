@@ -27,7 +27,7 @@ from conftest import DEMONSTRATIONS, make_tiny, make_trainer, peak_of_saved_byte
 from mm_grpo import MultimodalBatch, MultimodalRLConfig, Policy, score, token_logprobs
 from output_head import head_is_last, in_chunks
 from recompute import checkpoint_layers
-from shared_prefix import KEY_TOKENS, SMALL, find_shared_prompts, micro_batches, within
+from shared_prefix import FEW_TOKENS, KEY_TOKENS, find_shared_prompts, micro_batches, within
 
 HERE = Path(__file__).parent
 GROUPS = dict(num_train_examples=8, num_eval_examples=1)  # of the shapes environment
@@ -247,7 +247,7 @@ def test_parts_stay_within_the_budget_padding_counted(widths, budget):
 
     def fits(part):
         n, widest, real = len(part), max(widths[i] for i in part), sum(widths[i] for i in part)
-        hollow = real - widest > SMALL and n * widest > 1.25 * real
+        hollow = real - widest > FEW_TOKENS and n * widest > 1.25 * real
         return n == 1 or n * widest <= budget and not hollow
 
     assert all(map(fits, parts))
