@@ -196,8 +196,8 @@ def micro_batches(
 
 def within(budget: int, widths: Sequence[int]) -> list[list[int]]:
     """The numbers of these widths in parts that are no larger than the budget when each is padded to its part's widest,
-    narrow ones first; what is too wide by itself is a part of its own. Nor is a part of more than FEW_TOKENS tokens padded
-    by more than a quarter, whatever the budget allows."""
+    narrow ones first; what is too wide by itself is a part of its own. A part of more than FEW_TOKENS tokens is not
+    padded by more than a quarter either."""
     parts: list[list[int]] = []
     real = 0  # tokens of the last part without its padding
     for number in sorted(range(len(widths)), key=widths.__getitem__):
