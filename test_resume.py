@@ -154,9 +154,9 @@ def test_the_same_seed_gives_the_same_bits_whatever_runs_beside_it(tmp_path):
 # ---------------------------------------------------------------- killed
 
 
+KILLS, STEPS = 20, 45  # a kill comes within two steps
 COMMAND = ["--adapter", "qwen", "--rollouts_per_step", "8", "--eval_examples", "2", "--save_steps", "1"]
-COMMAND += ["--save_total_limit", "2", "--max_steps", "30", "--env_args", json.dumps(ENV)]
-KILLS = 20
+COMMAND += ["--save_total_limit", "2", "--max_steps", str(STEPS), "--env_args", json.dumps(ENV)]
 
 
 def newest(folder: Path) -> int:
@@ -186,11 +186,11 @@ def test_a_run_that_is_killed_20_times_and_resumed_ends_with_the_bits_of_one_lef
         reached = newest(killed)
         for path in checkpoints(killed):  # whole, whenever it was
             assert bits(path) and set(read_state(path)["files"]) < {name.name for name in path.iterdir()}
-    assert in_saves >= 5 and reached < 30
+    assert in_saves >= 5 and reached < STEPS
     runs.start(*COMMAND, "--output_dir", str(killed), "--resume_from_checkpoint", "true")
     assert runs.end() == 0, runs.said()[-2000:]
-    assert metrics(alone) == metrics(killed) and [line["step"] for line in metrics(killed)] == list(range(1, 31))
-    assert bits(alone / "checkpoint-30") == bits(killed / "checkpoint-30")
+    assert metrics(alone) == metrics(killed) and [line["step"] for line in metrics(killed)] == list(range(1, STEPS + 1))
+    assert bits(alone / f"checkpoint-{STEPS}") == bits(killed / f"checkpoint-{STEPS}")
     assert not list(killed.glob(".*"))  # nothing unfinished is left
 
 
