@@ -301,7 +301,7 @@ def test_a_micro_batch_holds_its_rows_and_their_prompts(tiny, tokens, share):
 def updated(request):
     """(trainer, batch, gradient, metrics): an update by the plain forward of each row alone; weights never change.
 
-    Completions of 1 to 12 tokens, as the stop token is likely; half of the rollouts have two turns.
+    Completions of 1 to 12 tokens, as the stop token is likely.
     """
     small = dict(rollouts_per_step=16, rollouts_per_example=4, max_tokens=12, learning_rate=1e-9, max_grad_norm=1e9)
     trainer = make_trainer(request.param, GROUPS, favoured="eos_token_id", by=2.0, beta=0.1, loss_type="grpo", **small)
