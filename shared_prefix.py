@@ -350,8 +350,7 @@ def copy_cache(cache: Cache, change: Callable[[Any], Any]) -> Cache:
     cache = copy.copy(cache)
     cache.layers = [copy.copy(layer) for layer in cache.layers]
     for layer in cache.layers:
-        vars(layer).update({name: change(value) for name, value in vars(layer).items() if name != "update"})
-        vars(layer).pop("update", None)
+        vars(layer).update({name: change(value) for name, value in vars(layer).items()})
     return cache
 
 

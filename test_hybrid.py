@@ -224,6 +224,28 @@ def test_a_prompt_that_is_run_once_leaves_every_logprob_and_gradient_as_it_was(h
         assert (gradients[name] - gradient).norm() <= 1e-5 * gradient.norm() + 1e-7 * total, name
 
 
+def test_micro_batches_go_on_from_one_prompt_and_leave_it_as_it_was(hybrid):
+    """A state is written to where it lies: what one micro-batch does to its copy must not reach the next one's."""
+    model, adapter = hybrid
+    batch = adapter.build([(name, words(n)) for name, n in GROUPS["prompts of all lengths"]])
+    expected, gradients = values_and_gradients(model, adapter, batch, None)
+    policy, config = Policy(model, 0.7, adapter.placeholder_ids), MultimodalRLConfig(micro_batch_tokens=20)
+    blocks = micro_batches(policy, batch, torch.ones(len(batch), dtype=torch.bool), config)
+    assert max(len(block.parts) for block in blocks) > 2 and shared_fraction(blocks) == 1
+    model.zero_grad(set_to_none=True)
+    trained = batch.loss_mask[:, 1:] != 0
+    weights = torch.randn(trained.shape, generator=torch.Generator().manual_seed(0)) * trained
+    for part, logprobs, _ in run(policy, blocks):
+        torch.testing.assert_close(logprobs.detach(), part.take(expected[0]), rtol=0, atol=2e-5)
+        (logprobs * part.take(weights)).sum().backward()
+    total = torch.stack([gradient.norm() for gradient in gradients.values()]).norm()
+    for name, parameter in model.named_parameters():
+        if name in gradients:
+            off = (parameter.grad - gradients[name]).norm()
+            assert off <= 1e-4 * gradients[name].norm() + 1e-6 * total, name
+    model.zero_grad(set_to_none=True)
+
+
 def test_no_kernel_for_decoding_runs_where_gradients_are_wanted(monkeypatch):
     """On a GPU those of flash-linear-attention and causal-conv1d, which have no backward, stand in their place; a
     model takes them for one token that follows a prompt."""
