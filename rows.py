@@ -96,8 +96,10 @@ def _rows(rollout, i: int, placeholder_ids: Sequence[int], vocab_size: int | Non
             row.ids = [*prompt, *sampled]
             row.loss_mask += [0] * given + [1] * len(sampled)
             row.logprobs += [0.0] * given + logprobs
-            row.messages, row.prompt_length = list(step["prompt"]), len(prompt)
+            row.messages, row.prompt_length = step["prompt"], len(prompt)
             row.is_truncated |= bool(step["is_truncated"])
+        for row in rows:
+            row.messages = list(row.messages)  # of its last turn, which holds those before
     except ValueError as error:
         raise Unusable("tokens", str(error)) from None
     except Exception as error:  # a key that is absent, a value of another type

@@ -690,6 +690,16 @@ def test_whatever_stands_anywhere_in_a_rollout_the_batch_is_that_of_the_good_one
     assert [k for k, rollout in enumerate(rollouts) if rollout.get("dropped") not in CAUSES] == good
 
 
+def test_a_prompt_that_a_later_turn_holds_is_not_looked_at_again():
+    """Found by the test above: the row of a rollout was left out for the messages of its first turn, which its second
+    turn's prompt holds."""
+    adapter, outputs = collected()[0].adapter, fresh()[1]
+    (whole, *_) = [r for r in outputs if len(r["trajectory"]) == 2 and len(build(adapter, [copy.deepcopy(r)])) == 1]
+    expected = build(adapter, [copy.deepcopy(whole)])
+    whole["trajectory"][0]["prompt"] = None
+    assert torch.equal(build(adapter, [whole]).input_ids, expected.input_ids)
+
+
 def assert_same_ids(batch, rollouts):
     """Every sampled token of the good rollouts is trained on, in order, with its logprob and its rollout's reward."""
     for k in set(batch.rollout_ids.tolist()):
