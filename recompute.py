@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -59,18 +59,21 @@ def recomputes(model: nn.Module) -> bool:
     return any(is_checkpointed(module) for module in model.modules())
 
 
-def repeatable(cache: Cache) -> Cache:
-    """This cache, its layers' `update` made to give the same answer when it is asked again."""
+def repeatable(cache: Cache, rows: Tensor | None = None) -> Cache:
+    """This cache, its layers' `update` made to give the same answer when it is asked again; of these rows, if any, which
+    are chosen when a layer asks: no two layers' copies of a prompt's keys exist at once."""
     for layer in cache.layers:
-        layer.update = partial(update_again, layer, copy.copy(layer))
+        layer.update = partial(update_again, layer, copy.copy(layer), rows)
     cache.is_repeatable = True
     return cache
 
 
-def update_again(layer, before, *args, **kwargs):
+def update_again(layer, before, rows, *args, **kwargs):
     """What `layer.update` answers when the layer is as it was `before`. A layer that held nothing keeps what it gets,
     a prompt's keys and values; one that held some stays as it is, as nothing reads a completion's."""
     after = copy.copy(before)
+    if rows is not None:
+        after.reorder_cache(rows)
     answer = type(layer).update(after, *args, **kwargs)
     if not layer.is_initialized:
         vars(layer).update(vars(after))

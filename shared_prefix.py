@@ -337,11 +337,14 @@ class Prefix:
         if reached:
             torch.autograd.backward(*map(list, zip(*reached)))
 
-    def branch(self, prompt_of_row: Tensor) -> tuple[Tensor, Cache, Tensor, Tensor]:
+    def branch(self, prompt_of_row: Tensor, again: bool = False) -> tuple[Tensor, Cache, Tensor, Tensor]:
         """(last, cache, mask, positions) of B rows, (B,) the prompt of each. Gradients come together in the prompt's.
-        The cache is the rows' own, to be written to."""
+        The cache is the rows' own, to be written to; where layers run `again`, for one forward and its backward."""
         cache = copy_cache(self.cache, lambda value: dict(value) if isinstance(value, dict) else value)
-        cache.reorder_cache(prompt_of_row)  # beam search's name for it; not every layer has `batch_select_indices`
+        if again:
+            repeatable(cache, prompt_of_row)
+        else:  # beam search's name for it; not every layer has `batch_select_indices`
+            cache.reorder_cache(prompt_of_row)
         return self.last[prompt_of_row], cache, self.mask[prompt_of_row], self.positions[prompt_of_row]
 
 
@@ -434,7 +437,7 @@ def score_shared(body: nn.Module, batch: MultimodalBatch, shared: SharedPrompts 
         prefix = run_prompts(body, shared.model_inputs())
         shared = replace(Completions.of(batch, shared), prefix=prefix)
     ids, inside = shared.ids, shared.inside
-    last, cache, mask, positions = shared.prefix.branch(shared.prompt_of_row)
+    last, cache, mask, positions = shared.prefix.branch(shared.prompt_of_row, again=recomputes(body))
     hidden = last[:, None]  # (B, 1, H): a prompt's last token predicts each completion's first
     if ids.shape[1] > 1:
         for layer in cache.layers:  # recurrent states stay: autograd needs what was read, nothing reads what would come
@@ -442,8 +445,6 @@ def score_shared(body: nn.Module, batch: MultimodalBatch, shared: SharedPrompts 
                 layer.update_recurrent_state = lambda states, *args, **kwargs: states
         inputs = dict(input_ids=ids[:, :-1], attention_mask=torch.cat([mask, inside[:, :-1]], dim=1))
         inputs["position_ids"] = positions + torch.arange(ids.shape[1] - 1, device=ids.device)
-        if recomputes(body):
-            cache = repeatable(cache)
         output = body(**inputs, past_key_values=cache, use_cache=True)
         hidden = torch.cat([hidden, output[0]], dim=1)  # (B, C, H)
     scored = logprobs_of(hidden[shared.trained], ids[shared.trained])
