@@ -60,8 +60,8 @@ def recomputes(model: nn.Module) -> bool:
 
 
 def repeatable(cache: Cache, rows: Tensor | None = None) -> Cache:
-    """This cache, its layers' `update` made to give the same answer when it is asked again; of these rows, if any, which
-    are chosen when a layer asks: no two layers' copies of a prompt's keys exist at once."""
+    """This cache, its layers' `update` made to give the same answer when it is asked again. With `rows` it is that of
+    these rows, chosen when a layer asks: no two layers' copies of a prompt's keys exist at once."""
     for layer in cache.layers:
         layer.update = partial(update_again, layer, copy.copy(layer), rows)
     cache.is_repeatable = True
