@@ -721,7 +721,7 @@ def without_truncated(batch: MultimodalBatch) -> MultimodalBatch:
 # Command line
 
 # A run that fits a tiny model with random weights: what --demo sets, and what holds where no --model is given
-DEMO = {"learning_rate": 1e-3, "lr_scheduler_type": "linear", "max_steps": 250, "rollouts_per_example": 4}
+DEMO = {"learning_rate": 1.2e-3, "lr_scheduler_type": "linear", "max_steps": 280, "rollouts_per_example": 4}
 DEMO |= {"updates_per_batch": 3, "max_tokens": 3, "scale_rewards": "batch", "beta": 0.1}
 
 

@@ -162,8 +162,8 @@ def test_all_updates_of_a_step_have_its_rate_and_the_metrics_say_it():
 def test_the_demonstrations_rate_falls_from_its_largest_in_a_straight_line():
     config, _ = parse_arguments(MultimodalRLConfig, DEMO, "", ADAPTERS, ["--adapter", "qwen"])
     rate = learning_rates(config)
-    assert config.max_steps == 250 and config.optim == "adamw_torch"
-    assert [rate(step) for step in (0, 125, 249)] == pytest.approx([1e-3, 5e-4, 1e-3 / 250])
+    assert config.max_steps == 280 and config.optim == "adamw_torch"
+    assert [rate(step) for step in (0, 140, 279)] == pytest.approx([1.2e-3, 6e-4, 1.2e-3 / 280])
 
 
 # ---------------------------------------------------------------- its state

@@ -40,7 +40,7 @@ def run(*arguments: str, cwd: Path) -> str:
 
 @pytest.fixture(scope="module")
 def trained() -> MultimodalGRPOTrainer:
-    """A Qwen2-VL after 160 steps of the demonstration run (of 250; the README has the full runs' numbers)."""
+    """A Qwen2-VL after 160 steps of the demonstration run (of 280; the README has the full runs' numbers)."""
     trainer = make_demo("qwen")
     for _ in range(160):
         trainer.step()
