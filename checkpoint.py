@@ -127,15 +127,8 @@ def sync(path: Path) -> None:
 # Settings that may change on the way: they say how long, how often and where, or change no number but by rounding
 FREE = (
     *("output_dir", "resume_from_checkpoint", "save_steps", "save_total_limit", "eval_steps", "eval_examples"),
-    *(
-        "max_steps",
-        "log_every_steps",
-        "micro_batch_tokens",
-        "gradient_checkpointing",
-        "max_concurrent",
-        "rollout_timeout",
-        "generation_timeout",
-    ),
+    *("max_steps", "log_every_steps", "micro_batch_tokens", "gradient_checkpointing", "max_concurrent"),
+    *("rollout_timeout", "generation_timeout"),
     *("vllm_server_host", "vllm_server_port", "vllm_api_key", "vllm_server_timeout", "weight_sync_dir"),
     *("mismatch_threshold", "on_mismatch", "on_control_tokens"),
 )
