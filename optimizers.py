@@ -60,14 +60,17 @@ def learning_rates(config: Any) -> Callable[[int], float]:
     return lambda step: config.learning_rate * share(step)
 
 
+def parameters_of(optimizer: Optimizer) -> list[nn.Parameter]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
 def clip_and_step(optimizer: Optimizer, max_norm: float) -> float:
     """Scale the gradient down to this norm, step, forget it. One that is not finite changes nothing, with a warning.
 
     Returns:
         The gradient's norm as it came.
     """
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    norm = nn.utils.clip_grad_norm_(parameters, max_norm).item()
+    norm = nn.utils.clip_grad_norm_(parameters_of(optimizer), max_norm).item()
     if math.isfinite(norm):
         optimizer.step()
     else:
@@ -79,10 +82,9 @@ def clip_and_step(optimizer: Optimizer, max_norm: float) -> float:
 def state_tensors(optimizer: Optimizer) -> dict[str, Tensor]:
     """The optimizer's state as tensors, none sharing memory: `3.exp_avg` is of parameter 3. A plain int (bitsandbytes'
     step) is a scalar of int64."""
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     tensors: dict[str, Tensor] = {}
     stored: set[int] = set()
-    for i, parameter in enumerate(parameters):
+    for i, parameter in enumerate(parameters_of(optimizer)):
         for name, value in optimizer.state.get(parameter, {}).items():
             tensor = torch.as_tensor(value)
             # all parameters look the meaning of a byte up in the same two tables of bitsandbytes'

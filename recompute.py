@@ -26,9 +26,8 @@ def checkpoint_layers(model: nn.Module, on: bool) -> None:
     """
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     if on and not layers:
-        raise ValueError(
-            f"gradient_checkpointing=True: {type(model).__name__} has no layers to checkpoint; leave it out"
-        )
+        name = type(model).__name__
+        raise ValueError(f"gradient_checkpointing=True: {name} has no layers to checkpoint; leave it out")
     for layer in layers:
         if is_checkpointed(layer):
             del layer.forward

@@ -101,9 +101,8 @@ def why_not_shared(model: nn.Module, batch: MultimodalBatch, placeholder_ids: Se
         return "the model has no key-value cache"
     if model.training and model.is_activation_checkpointing:
         return "activation checkpointing drops the key-value cache"
-    if recomputes(model) and any(
-        hasattr(layer, "update_conv_state") for layer in DynamicCache(config=model.config).layers
-    ):
+    run_again = DynamicCache(config=model.config).layers if recomputes(model) else ()
+    if any(hasattr(layer, "update_conv_state") for layer in run_again):
         return "gradient checkpointing would update the states of its convolutions and linear attention twice"
     B, L = batch.input_ids.shape
     column = torch.arange(L, device=batch.input_ids.device)
@@ -179,13 +178,11 @@ def micro_batches(
     if shared is None:
         parts = [(part, chosen.select(part, width=int(ends[part].max()))) for part in within(budget, ends.tolist())]
         return [Block(None, [MicroBatch(numbers[part], of_part, None)]) for part, of_part in parts]
-    blocks = []
+    blocks, own = [], ends - shared.lengths[shared.prompt_of_row]  # (n,) columns after each row's prompt
     for together in within(budget, shared.lengths.tolist()):
         members = torch.isin(shared.prompt_of_row, torch.tensor(together)).nonzero()[:, 0]
         block = Block(shared.select(members), [])
-        widths = (
-            ends[members] - shared.lengths[shared.prompt_of_row[members]] + block.prompts.lengths.max() // KEY_TOKENS
-        )
+        widths = own[members] + block.prompts.lengths.max() // KEY_TOKENS
         for part in within(budget, widths.tolist()):
             of_part = chosen.select(members[part], with_media=False, width=int(ends[members[part]].max()))
             prompts = replace(block.prompts, prompt_of_row=block.prompts.prompt_of_row[part])
@@ -314,6 +311,7 @@ class Prefix:
     cache: Cache
     mask: Tensor  # (K, P) the prompts' attention mask
     positions: Tensor  # (K, 1) of the token after the prompt
+    again: bool  # whether layers run again in the backward, those that go on from it too
     cuts: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # what the prompts gave, and the leaf in its place
 
     def cut(self) -> Prefix:
@@ -329,7 +327,7 @@ class Prefix:
             return cuts[-1][1]
 
         last, cache = leaf(self.last), copy_cache(self.cache, leaf)
-        return Prefix(last, cache, self.mask, self.positions, cuts)
+        return replace(self, last=last, cache=cache, cuts=cuts)
 
     def backward(self) -> None:
         """Take the gradients that came to the cut on through the prompts; once."""
@@ -337,11 +335,11 @@ class Prefix:
         if reached:
             torch.autograd.backward(*map(list, zip(*reached)))
 
-    def branch(self, prompt_of_row: Tensor, again: bool = False) -> tuple[Tensor, Cache, Tensor, Tensor]:
+    def branch(self, prompt_of_row: Tensor) -> tuple[Tensor, Cache, Tensor, Tensor]:
         """(last, cache, mask, positions) of B rows, (B,) the prompt of each. Gradients come together in the prompt's.
         The cache is the rows' own, to be written to; where layers run `again`, for one forward and its backward."""
         cache = copy_cache(self.cache, lambda value: dict(value) if isinstance(value, dict) else value)
-        if again:
+        if self.again:
             repeatable(cache, prompt_of_row)
         else:  # beam search's name for it; not every layer has `batch_select_indices`
             cache.reorder_cache(prompt_of_row)
@@ -375,11 +373,12 @@ def run_prompts(model: nn.Module, inputs: dict[str, Tensor]) -> Prefix:
     options: dict[str, Any] = {} if own_positions else {"position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
         options["logits_to_keep"] = 1
-    if torch.is_grad_enabled() and recomputes(model):
+    again = torch.is_grad_enabled() and recomputes(model)
+    if again:
         options["past_key_values"] = repeatable(DynamicCache(config=model.config))
     output = model(**inputs, **options, use_cache=True)
     positions = mask.sum(-1, keepdim=True) + (rope.rope_deltas if own_positions else 0)
-    return Prefix(output[0][:, -1], output.past_key_values, mask, positions)
+    return Prefix(output[0][:, -1], output.past_key_values, mask, positions, again)
 
 
 def prefill(model: nn.Module, inputs: dict[str, Tensor], prompt_of_row: Tensor):
@@ -437,7 +436,7 @@ def score_shared(body: nn.Module, batch: MultimodalBatch, shared: SharedPrompts 
         prefix = run_prompts(body, shared.model_inputs())
         shared = replace(Completions.of(batch, shared), prefix=prefix)
     ids, inside = shared.ids, shared.inside
-    last, cache, mask, positions = shared.prefix.branch(shared.prompt_of_row, again=recomputes(body))
+    last, cache, mask, positions = shared.prefix.branch(shared.prompt_of_row)
     hidden = last[:, None]  # (B, 1, H): a prompt's last token predicts each completion's first
     if ids.shape[1] > 1:
         for layer in cache.layers:  # recurrent states stay: autograd needs what was read, nothing reads what would come
