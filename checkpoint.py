@@ -28,6 +28,7 @@ from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 from transformers.utils import is_torchvision_available
 
 from optimizers import FALLING, load_state_tensors, state_tensors
+from parallel import apart, exchange, of_first, on_first, placed, rank
 
 STATE = "trainer_state.json"
 DOOMED = "trainer_state.json.deleted"  # its name while the checkpoint is deleted
@@ -59,7 +60,8 @@ def published_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def save_checkpoint(folder: Path, model: nn.Module, *beside: Any) -> None:
-    """Write the weights, and what has a `save_pretrained` beside them (adapter, tokenizer), whole or not at all.
+    """Write the weights, and what has a `save_pretrained` beside them (adapter, tokenizer), whole or not at all. Every
+    rank must call it; the first one writes.
 
     As `from_pretrained` and vLLM read them; of a module that is no Transformers model, the state dict as model.pt.
 
@@ -68,15 +70,18 @@ def save_checkpoint(folder: Path, model: nn.Module, *beside: Any) -> None:
         ValueError: weights that are not finite.
         OSError: they could not be written; nothing is left of them.
     """
-    broken = [name for name, parameter in model.named_parameters() if not torch.isfinite(parameter).all()]
+    weights = {name: on_first(tensor) for name, tensor in model.state_dict().items()}
+    if rank():
+        return
+    broken = [name for name, tensor in weights.items() if not torch.isfinite(tensor).all()]
     if broken:
         raise ValueError(f"{broken[0]} and {len(broken) - 1} other weights are not finite: not saved")
     with whole_folder(folder) as fresh:
         if hasattr(model, "save_pretrained"):
-            weights = {published_name(name, model): tensor for name, tensor in model.state_dict().items()}
+            weights = {published_name(name, model): tensor for name, tensor in weights.items()}
             model.save_pretrained(fresh, state_dict=weights)
         else:
-            torch.save(model.state_dict(), fresh / "model.pt")
+            torch.save(weights, fresh / "model.pt")
         for thing in beside:
             if thing is not None:
                 thing.save_pretrained(fresh)
@@ -126,6 +131,7 @@ def sync(path: Path) -> None:
 
 # Settings that may change on the way: they say how long, how often and where, or change no number but by rounding
 FREE = (
+    *("shard", "ddp_timeout"),
     *("output_dir", "resume_from_checkpoint", "save_steps", "save_total_limit", "eval_steps", "eval_examples"),
     *("max_steps", "log_every_steps", "micro_batch_tokens", "gradient_checkpointing", "max_concurrent"),
     *("rollout_timeout", "generation_timeout"),
@@ -171,12 +177,9 @@ class RunState:
     def save_pretrained(self, folder: Path) -> None:
         """Write the optimizer's state, the random states and the facts."""
         # another suffix: vLLM takes every *.safetensors for weights
-        save_file(state_tensors(self.trainer.optimizer), folder / "optimizer.state")
-        numpy_state = [part.tolist() if hasattr(part, "tolist") else part for part in np.random.get_state()]
-        torch_states = [state.tolist() for state in (torch.get_rng_state(), *torch.cuda.get_rng_state_all())]
-        randomness = {"python": random.getstate(), "numpy": numpy_state, "torch": torch_states}
+        save_file(self.optimizer_state, folder / "optimizer.state")
         files = [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
-        text = json.dumps({**self.facts(), "files": files, "random_states": randomness})
+        text = json.dumps({**self.facts(), "files": files, "random_states": self.randomness})
         (folder / STATE).write_text(text + "\n")
 
     def save(self, folder: Path | None = None) -> Path | None:
@@ -186,20 +189,23 @@ class RunState:
             The checkpoint; None, with a warning, where it could not be written: the next one may be.
         """
         trainer, path = self.trainer, (folder or self.folder) / f"checkpoint-{self.trainer.policy.version}"
-        if read_state(path) is not None:  # of this very step
+        if apart():
+            return None
+        if of_first(read_state(path) is not None):  # of this very step
             return path
+        self.optimizer_state, self.randomness = state_tensors(trainer.optimizer), exchange(random_states())
         try:
             save_checkpoint(path, trainer.model, trainer.adapter, trainer.tokenizer, self)
+            for old in [] if rank() else checkpoints(path.parent)[: -(self.config.save_total_limit or sys.maxsize)]:
+                delete_checkpoint(old)
         except (OSError, ValueError) as error:
             warnings.warn(f"{path}: this checkpoint is not written: {error}")
-            return None
-        for old in checkpoints(path.parent)[: -(self.config.save_total_limit or sys.maxsize)]:
-            delete_checkpoint(old)
-        return path
+            path = None
+        return of_first(path)
 
     def save_elsewhere(self) -> Path | None:
         """The last resort, where output_dir has no room: the folder for temporary files."""
-        return self.save(Path(tempfile.mkdtemp(prefix="mm_grpo-")))
+        return self.save(of_first(Path(tempfile.mkdtemp(prefix="mm_grpo-"))))
 
     def resume(self) -> None:
         """Bring the trainer to where `resume_from_checkpoint` left the run; where there is none, seed the global random
@@ -211,12 +217,12 @@ class RunState:
         name = self.config.resume_from_checkpoint
         if self.trainer.policy.version:  # done already
             return
-        if name:
+        if name and not rank():
             clean_up(self.folder)
-        whole = checkpoints(self.folder)
+        whole = of_first(checkpoints(self.folder))
         folder = (whole[-1] if whole else None) if name == "true" else name and Path(name)
+        set_seed(self.config.seed + rank())
         if folder is None:
-            set_seed(self.config.seed)
             return
         saved = read_state(folder)
         if saved is None or folder.resolve().parent != self.folder.resolve():
@@ -235,21 +241,33 @@ class RunState:
         self.load(folder, saved["random_states"])
         self.trainer.policy.version = self.trainer.server.updates = saved["step"]
 
-    def load(self, folder: Path, randomness: dict[str, Any]) -> None:
+    def load(self, folder: Path, randomness: list[dict[str, Any]]) -> None:
         """Weights, optimizer and random states of a checkpoint."""
         model, optimizer = self.trainer.model, self.trainer.optimizer
         if hasattr(model, "save_pretrained"):
             weights = type(model).from_pretrained(folder, dtype=next(model.parameters()).dtype).state_dict()
         else:
             weights = torch.load(folder / "model.pt", weights_only=True)
-        model.load_state_dict(weights)
+        model.load_state_dict({name: placed(weights[name], own) for name, own in model.state_dict().items()})
         load_state_tensors(optimizer, load_file(folder / "optimizer.state"))
-        number, words, gauss = randomness["python"]
-        random.setstate((number, tuple(words), gauss))
-        np.random.set_state(tuple(randomness["numpy"]))
-        here, *devices = (torch.tensor(state, dtype=torch.uint8) for state in randomness["torch"])
-        torch.set_rng_state(here)
-        torch.cuda.set_rng_state_all(devices[: torch.cuda.device_count()])
+        if rank() < len(randomness):  # of as many ranks as the run had
+            set_random_states(randomness[rank()])
+
+
+def random_states() -> dict[str, Any]:
+    """Those of the global generators, as JSON holds them."""
+    numpy_state = [part.tolist() if hasattr(part, "tolist") else part for part in np.random.get_state()]
+    torch_states = [state.tolist() for state in (torch.get_rng_state(), *torch.cuda.get_rng_state_all())]
+    return {"python": random.getstate(), "numpy": numpy_state, "torch": torch_states}
+
+
+def set_random_states(states: dict[str, Any]) -> None:
+    number, words, gauss = states["python"]
+    random.setstate((number, tuple(words), gauss))
+    np.random.set_state(tuple(states["numpy"]))
+    here, *devices = (torch.tensor(state, dtype=torch.uint8) for state in states["torch"])
+    torch.set_rng_state(here)
+    torch.cuda.set_rng_state_all(devices[: torch.cuda.device_count()])
 
 
 def read_state(folder: Path) -> dict[str, Any] | None:

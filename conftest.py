@@ -6,6 +6,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may reach for a hub
 
 import json
 import random
+import socket
 import subprocess
 import sys
 import time
@@ -247,6 +248,7 @@ for line in sys.stdin:
     if pid == 0:
         log = os.open(os.environ["RUN_LOG"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(log, 1), os.dup2(log, 2), os.setsid(), os.chdir(asked["folder"])
+        os.environ.update(asked.get("environment", {{}}))
         try:
             if "code" in asked:
                 os.dup2(os.open(asked["output"], os.O_WRONLY | os.O_CREAT), 1)
@@ -283,10 +285,19 @@ class Runs:
         self.zygote.stdin.flush()
         return int(self.zygote.stdout.readline())
 
-    def start(self, *arguments: str, cwd: Path | None = None) -> int:
+    def start(self, *arguments: str, cwd: Path | None = None, **environment: str) -> int:
         """The process id."""
-        self.last = self.ask({"arguments": arguments, "folder": str(cwd or self.log.parent)})
+        asked = {"arguments": arguments, "folder": str(cwd or self.log.parent), "environment": environment}
+        self.last = self.ask(asked)
         return self.last
+
+    def start_ranks(self, ranks: int, *arguments: str) -> list[int]:
+        """The same command line in so many processes, told what torchrun tells its own; their process ids."""
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        group = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        return [self.start(*arguments, **group, RANK=str(i), LOCAL_RANK=str(i)) for i in range(ranks)]
 
     def printed(self, code: str) -> str:
         """What this code prints in a process of its own: its memory can be measured and capped. Of what it frees the

@@ -57,18 +57,21 @@ def end_by(number: int) -> None:
     raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
 
 
-def after_pauses(work: Callable[[], Result], error: type[Exception], came: list[int]) -> Result:
-    """The work's result. Where it raises this error it is tried again after each of PAUSES; a signal ends a pause."""
+def after_pauses(
+    work: Callable[[], Result], error: type[Exception], came: list[int], agree: Callable[[list], list] = list
+) -> Result:
+    """The work's result. Where it raises this error it is tried again after each of PAUSES; a signal ends a pause, and
+    the process with those that `agree` with it on which signals came."""
     for pause in PAUSES:
         try:
             return work()
         except error as reason:
             warnings.warn(f"{reason}. Tried again in {pause:g} s")
         until = time.monotonic() + pause
-        while time.monotonic() < until:
-            if came:
-                end_by(came.pop())
+        while time.monotonic() < until and not came:
             time.sleep(0.05)
+        if agree(came):
+            end_by(came.pop())
     return work()
 
 

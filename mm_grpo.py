@@ -45,6 +45,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+import parallel
 import shared_prefix
 from checkpoint import RunState, save_checkpoint
 from checks import check_setting, check_types, expect_batch, json_object
@@ -55,7 +56,16 @@ from media import select_spans, take_spans
 from optimizers import OPTIMIZERS, SCHEDULES, clip_and_step, learning_rates, make_optimizer
 from output_head import head_is_last, in_chunks
 from recompute import checkpoint_layers
-from report import Clock, RunLog, quiet_libraries, reward_metrics, rollout_metrics, zero_spread_fraction
+from report import (
+    Clock,
+    RunLog,
+    of_all_ranks,
+    quiet_libraries,
+    reward_metrics,
+    rollout_metrics,
+    run_log,
+    zero_spread_fraction,
+)
 from rollouts import PLACEHOLDER_BIAS, Rollouts, RolloutsAhead, Server
 from rows import NoRollouts
 from shared_prefix import Block, Completions, Prefix, SharedPrompts
@@ -355,6 +365,9 @@ class MultimodalBatch:
         return inputs
 
 
+NOTHING = MultimodalBatch(*[torch.zeros(0, 1, dtype=torch.long)] * 3, torch.zeros(0, 1), torch.zeros(0))  # of no rows
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Adapter: what a model family has to say
 
@@ -419,6 +432,8 @@ class MultimodalRLConfig:
     rollouts_per_example: AtLeast2 = option(8, "group size G: completions sampled of each prompt")
     updates_per_batch: AtLeast1 = option(1, "optimizer steps on each batch; above 1 off-policy, the clip matters")
     micro_batch_tokens: AtLeast1 = option(8192, "tokens a forward pass; changes memory and speed, not the gradient")
+    shard: bool = option(False, "each rank holds a share of the language model (FSDP2); needs vllm_server_host")
+    ddp_timeout: Positive = option(7200.0, "seconds that a rank waits for the others, which may still roll out")
     gradient_checkpointing: bool = option(False, "make activations again in the backward: slower, much less memory")
     share_prefix: bool = option(True, "run each distinct prompt once an update; same numbers, less work")
     temperature: Annotated[float, Field(ge=1e-6, allow_inf_nan=False)] = option(1.0, "of sampling; logprobs use it too")
@@ -462,6 +477,8 @@ class MultimodalRLConfig:
         self.env_args, self.processor_kwargs = json_object(self, "env_args"), json_object(self, "processor_kwargs")
         rule = f"must be a multiple of rollouts_per_example={self.rollouts_per_example}"
         check_setting(self, "rollouts_per_step", self.rollouts_per_step % self.rollouts_per_example == 0, rule)
+        rule = "rollouts in this process would need the whole model; give it a vllm_server_host"
+        check_setting(self, "shard", not self.shard or self.vllm_server_host is not None, rule)
         rule = "must be 0 with lr_scheduler_type='constant', which ignores it; or take 'constant_with_warmup'"
         check_setting(self, "warmup_steps", not self.warmup_steps or self.lr_scheduler_type != "constant", rule)
 
@@ -554,10 +571,14 @@ class MultimodalGRPOTrainer:
 
     def __init__(self, model, tokenizer, adapter, config: MultimodalRLConfig, env=None, server: Server | None = None):
         self.model, self.tokenizer, self.adapter, self.config = model.eval(), tokenizer, adapter, config
-        self.device, self.clock = next(model.parameters()).device, Clock()
+        parallel.start(config)
+        parallel.same_weights(model)
         checkpoint_layers(model, config.gradient_checkpointing)
         self.policy = Policy(model, config.temperature, adapter.placeholder_ids, config.bf16)
         self.ref_policy = copy.deepcopy(self.policy).requires_grad_(False) if config.beta > 0 else None
+        for policy in (self.policy, self.ref_policy) if config.shard else ():
+            parallel.shard(policy)
+        self.device, self.clock = next(model.parameters()).device, Clock()
         self.optimizer, self.learning_rate = make_optimizer(model.parameters(), config), learning_rates(config)
         kind = LocalServer if config.vllm_server_host is None else VLLMServer
         self.server = server = server or kind.from_config(model, adapter, config)
@@ -571,13 +592,14 @@ class MultimodalGRPOTrainer:
 
         self.rollouts.env = vf.load_environment(id_or_env, **env_args) if isinstance(id_or_env, str) else id_or_env
 
+    @parallel.leaving(NoRollouts)
     def step(self) -> dict[str, float]:
         """Collect, build, update, sync. Returns the step's metrics (the README's glossary says what they mean)."""
         self.clock.restart()
         outputs, lag = self.rollouts.collect(), self.rollouts.lag
         with deferred_signals():  # a step is trained whole or not at all
             with self.clock("update"):
-                batch = self.adapter.build_batch(outputs)
+                batch = parallel.together(lambda: self.adapter.build_batch(outputs), NoRollouts) or NOTHING
                 metrics = self.update(batch, on_policy=lag == 0)
             self.policy.version += 1
             self.rollouts.sync_when_due()
@@ -597,24 +619,28 @@ class MultimodalGRPOTrainer:
         config = self.config
         batch = without_truncated(batch) if config.mask_truncated_completions else batch
         self.optimizer.param_groups[0]["lr"] = self.learning_rate(self.policy.version)  # of all updates on the batch
-        weights = token_weights(batch.loss_mask[:, 1:], config.loss_type, config.max_tokens)  # (B, T)
+        everyone, ours = parallel.everyone(batch)  # the rows of all ranks, and which of them are in this batch
         whole = {  # what the loss is made of; a micro-batch takes its rows
-            "behavior_logprobs": batch.behavior_logprobs[:, 1:].to(self.device),  # (B, T)
-            "advantages": row_advantages(batch, config.scale_rewards).to(self.device),  # (B,)
-            "weights": weights.to(self.device),
+            "behavior_logprobs": everyone.behavior_logprobs[:, 1:],  # (B, T)
+            "advantages": row_advantages(everyone, config.scale_rewards),  # (B,)
+            "weights": token_weights(everyone.loss_mask[:, 1:], config.loss_type, config.max_tokens),  # (B, T)
         }
+        own, trained = {name: each[ours].to(self.device) for name, each in whole.items()}, whole["weights"][ours] > 0
 
         @functools.lru_cache(maxsize=1)
         def blocks(tokens: int) -> list[Block]:
-            cut = shared_prefix.micro_batches(self.policy, batch, (weights > 0).any(-1), config, tokens)
+            cut = shared_prefix.micro_batches(self.policy, batch, trained.any(-1), config, tokens)
             return [block.to(self.device) for block in cut]
 
         history = []  # the metrics of each update
         for i in range(config.updates_per_batch):
             (logprobs, entropies), self.micro_batch_tokens = halving(
-                lambda tokens: self.backward(blocks(tokens), whole), self.micro_batch_tokens, self.optimizer.zero_grad
+                lambda tokens: self.backward(blocks(tokens), own), self.micro_batch_tokens, self.optimizer.zero_grad
             )
-            loss, values = self.loss(logprobs, **whole)  # of the whole batch, for the metrics
+            parallel.sum_gradients(self.policy)
+            whole = parallel.gather({**own, "logprobs": logprobs, "entropies": entropies})
+            entropies = whole.pop("entropies")
+            loss, values = self.loss(**whole)  # of the whole batch, for the metrics
             values |= {"loss": loss, "entropy": masked_mean(entropies, whole["weights"] > 0)}
             history.append(dict(zip(values, torch.stack(list(values.values())).tolist())))
             if i == 0 and on_policy:
@@ -627,22 +653,22 @@ class MultimodalGRPOTrainer:
             **history[0],
             **{f"last_update/{name}": value for name, value in drifted.items()},
             "updates_skipped": sum(not math.isfinite(values["grad_norm"]) for values in history),
-            "zero_spread_fraction": zero_spread_fraction(batch),
+            "zero_spread_fraction": zero_spread_fraction(everyone),
             "shared_prefix_fraction": shared_prefix.shared_fraction(blocks(self.micro_batch_tokens)),
-            "trained_tokens": int((batch.loss_mask != 0).sum()),
+            "trained_tokens": int((everyone.loss_mask != 0).sum()),
             "learning_rate": self.optimizer.param_groups[0]["lr"],
         }
 
-    def backward(self, blocks: list[Block], whole: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    def backward(self, blocks: list[Block], own: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Add up the gradients of the micro-batches: they are the whole batch's. Returns its (logprobs, entropies)."""
-        logprobs, entropies = torch.zeros_like(whole["weights"]), torch.zeros_like(whole["weights"])  # (B, T)
-        if self.ref_policy is not None and "ref_logprobs" not in whole:
-            whole["ref_logprobs"] = torch.zeros_like(logprobs)
+        logprobs, entropies = torch.zeros_like(own["weights"]), torch.zeros_like(own["weights"])  # (B, T)
+        if self.ref_policy is not None and "ref_logprobs" not in own:
+            own["ref_logprobs"] = torch.zeros_like(logprobs)
             with torch.no_grad():
                 for part, reference, _ in shared_prefix.run(self.ref_policy, blocks):
-                    whole["ref_logprobs"][part.place] = reference
+                    own["ref_logprobs"][part.place] = reference
         for part, new, new_entropies in shared_prefix.run(self.policy, blocks):
-            loss, _ = self.loss(new, **{name: part.take(tensor) for name, tensor in whole.items()})
+            loss, _ = self.loss(new, **{name: part.take(tensor) for name, tensor in own.items()})
             loss.backward()
             logprobs[part.place], entropies[part.place] = new.detach(), new_entropies
         return logprobs, entropies
@@ -652,9 +678,10 @@ class MultimodalGRPOTrainer:
         names = ("loss_type", "clip_low", "clip_high", "mask_ratio_low", "mask_ratio_high", "beta")
         return grpo_loss(logprobs, **of_batch, **{name: getattr(self.config, name) for name in names})
 
+    @parallel.leaving()
     def evaluate(self) -> dict[str, float]:
         """Greedy rollouts of the first `eval_examples` evaluation examples: mean reward, mean of each metric."""
-        return reward_metrics(self.rollouts.evaluate()) if self.config.eval_examples else {}
+        return reward_metrics(of_all_ranks(self.rollouts.evaluate())) if self.config.eval_examples else {}
 
     def train(self, log: RunLog | None = None) -> dict[str, float]:
         """Run up to step `max_steps`; log, evaluate before and after, save. Returns the last evaluation.
@@ -662,14 +689,14 @@ class MultimodalGRPOTrainer:
         RunStopped, NoRollouts (a fault that does not pass) and a signal end it early, with a checkpoint all the same.
         """
         config, state = self.config, RunState(self)
-        with deferred_signals(announce=True) as came, log or RunLog(config) as log:
+        with deferred_signals(announce=True) as came, log or run_log(config) as log:
             self.prepare()
             log.start(step=self.policy.version)
             if self.policy.version == 0:
                 log.evaluation("before training", self.evaluate())
             try:
-                while self.policy.version < config.max_steps and not came:
-                    metrics = after_pauses(self.step, NoRollouts, came)
+                while self.policy.version < config.max_steps and not parallel.came_to_any(came):
+                    metrics = after_pauses(self.step, NoRollouts, came, parallel.came_to_any)
                     if config.eval_steps and self.policy.version % config.eval_steps == 0:
                         metrics |= {f"eval/{name}": value for name, value in self.evaluate().items()}
                     log.step(metrics)
@@ -678,7 +705,7 @@ class MultimodalGRPOTrainer:
             finally:  # whatever ends a run, it keeps what it has learned
                 self.rollouts.stop()
                 saved = state.save()
-            log.end_where_interrupted(came, saved)
+            log.end_where_interrupted(parallel.came_to_any(came), saved)
             final = self.evaluate()
             log.evaluation("after training", final)
             log.finish(self.rollouts.rubric, saved or state.save() or state.save_elsewhere())
@@ -732,9 +759,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     quiet_libraries()
     with contextlib.ExitStack() as stack:
         with one_line_errors(Exception, code=2):  # the user's to mend, before anything is trained
-            log = stack.enter_context(RunLog(config))
+            parallel.start(config)
+            log = stack.enter_context(run_log(config))
             model, tokenizer, adapter = load_model(arguments.adapter, arguments.model, config)
-            model = model.to("cuda" if torch.cuda.is_available() else "cpu")
+            model = model if config.shard else model.to(parallel.device())
             trainer = MultimodalGRPOTrainer(model, tokenizer, adapter, config)
             stack.enter_context(contextlib.closing(trainer))
             log.describe(trainer, DEMO if arguments.demo else ())

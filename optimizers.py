@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import get_scheduler
 
+from parallel import on_first, placed, total_norm
+
 OPTIMIZERS = ("adamw_torch", "adamw_8bit")
 SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine")
 FALLING = ("linear", "cosine")  # to zero, at max_steps: with another max_steps every step has another rate
@@ -35,6 +37,8 @@ def make_optimizer(parameters: Iterable[nn.Parameter], config: Any) -> Optimizer
         ValueError: bitsandbytes is asked for and not installed.
     """
     trained = [parameter for parameter in parameters if parameter.requires_grad]
+    if config.shard and config.optim != "adamw_torch":
+        raise ValueError(f"optim={config.optim!r}: its state cannot be cut into shards; with shard take 'adamw_torch'")
     settings = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
     if config.optim == "adamw_torch":
         return torch.optim.AdamW(trained, **settings)
@@ -70,8 +74,12 @@ def clip_and_step(optimizer: Optimizer, max_norm: float) -> float:
     Returns:
         The gradient's norm as it came.
     """
-    norm = nn.utils.clip_grad_norm_(parameters_of(optimizer), max_norm).item()
+    gradients = [parameter.grad for parameter in parameters_of(optimizer) if parameter.grad is not None]
+    norm = total_norm(gradients)
+    scale, norm = (max_norm / (norm + 1e-6)).clamp(max=1.0).item(), norm.item()
     if math.isfinite(norm):
+        for gradient in gradients:
+            gradient.mul_(scale)
         optimizer.step()
     else:
         warnings.warn(f"grad_norm={norm}: this update is skipped, the weights stay as they are")
@@ -80,13 +88,16 @@ def clip_and_step(optimizer: Optimizer, max_norm: float) -> float:
 
 
 def state_tensors(optimizer: Optimizer) -> dict[str, Tensor]:
-    """The optimizer's state as tensors, none sharing memory: `3.exp_avg` is of parameter 3. A plain int (bitsandbytes'
+    """The optimizer's state as tensors, none sharing memory: `3.exp_avg` is of parameter 3. Every rank must ask, the
+    first one gets it. A plain int (bitsandbytes'
     step) is a scalar of int64."""
     tensors: dict[str, Tensor] = {}
     stored: set[int] = set()
     for i, parameter in enumerate(parameters_of(optimizer)):
         for name, value in optimizer.state.get(parameter, {}).items():
-            tensor = torch.as_tensor(value)
+            tensor = on_first(torch.as_tensor(value))
+            if tensor is None:
+                continue
             # all parameters look the meaning of a byte up in the same two tables of bitsandbytes'
             tensors[f"{i}.{name}"] = tensor.clone() if tensor.data_ptr() in stored else tensor
             stored.add(tensor.data_ptr())
@@ -95,9 +106,9 @@ def state_tensors(optimizer: Optimizer) -> dict[str, Tensor]:
 
 def load_state_tensors(optimizer: Optimizer, tensors: dict[str, Tensor]) -> None:
     """Give an optimizer of the same kind and parameters the state that `state_tensors` took. Settings stay its own."""
-    states: dict[int, dict[str, Any]] = {}
+    parameters, states = parameters_of(optimizer), {}
     for name, tensor in tensors.items():
         number, _, field = name.partition(".")
         plain = tensor.ndim == 0 and tensor.dtype == torch.int64
-        states.setdefault(int(number), {})[field] = tensor.item() if plain else tensor
+        states.setdefault(int(number), {})[field] = tensor.item() if plain else placed(tensor, parameters[int(number)])
     optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})

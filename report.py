@@ -24,6 +24,7 @@ from checkpoint import changed_settings, read_state, settings_of
 from checks import fault_of
 from command_line import Screen, say
 from faults import end_by
+from parallel import exchange, rank, ranks
 
 if TYPE_CHECKING:
     from verifiers.types import GenerateOutputs
@@ -52,14 +53,25 @@ def reward_metrics(outputs: GenerateOutputs) -> dict[str, float]:
     return {"reward": rewards.mean().item(), "reward_std": rewards.std(correction=0).item(), **means, **counted}
 
 
+def of_all_ranks(outputs: GenerateOutputs) -> GenerateOutputs:
+    """The rollouts of every rank, as far as metrics look at them."""
+    if ranks() == 1:
+        return outputs
+    keys = ("error", "dropped", "reward", "metrics", "is_truncated")
+    own = [{key: rollout.get(key) for key in keys} for rollout in outputs["outputs"]]
+    own = [{**short, "trajectory": bool(full.get("trajectory"))} for short, full in zip(own, outputs["outputs"])]
+    return {"outputs": [rollout for rollouts in exchange(own) for rollout in rollouts]}
+
+
 def rollout_metrics(outputs: GenerateOutputs, batch: MultimodalBatch) -> dict[str, float]:
-    """What can be said of a step's rollouts before the update."""
+    """What can be said of a step's rollouts, those of all ranks, before the update."""
     kept = len(batch) if batch.rollout_ids is None else len(batch.rollout_ids.unique())
-    rollouts = outputs["outputs"]
+    rollouts = of_all_ranks(outputs)["outputs"]
+    kept, rows, tokens = map(sum, zip(*exchange((kept, len(batch), int((batch.loss_mask != 0).sum())))))
     causes = Counter(f"dropped/{fault[0]}" for rollout in rollouts if (fault := fault_of(rollout)))
     return {
         **reward_metrics({"outputs": [rollout for rollout in rollouts if not fault_of(rollout)]}),
-        "completion_tokens": (batch.loss_mask != 0).sum(-1).float().mean().item(),
+        "completion_tokens": tokens / rows,
         "truncated_fraction": sum(bool(rollout.get("is_truncated")) for rollout in rollouts) / len(rollouts),
         "rollouts_dropped": len(rollouts) - kept,
         **causes,
@@ -134,7 +146,8 @@ class RunLog:
             settings = ", ".join(f"{name}={getattr(self.config, name)}" for name in demo)
             say(f"settings of the demonstration (--help has the method's own): {settings}")
         parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
-        say(f"{type(trainer.model).__name__}, {parameters / 1e6:.2f} M parameters, on {trainer.device}")
+        where = f"{trainer.device}" + (f" and {ranks() - 1} more ranks" if ranks() > 1 else "")
+        say(f"{type(trainer.model).__name__}, {parameters / 1e6:.2f} M parameters, on {where}")
         source = read_state(Path(getattr(trainer.model, "name_or_path", ""))) or {}
         if changed := changed_settings(source.get("settings", {}), settings_of(self.config), ("output_dir",)):
             say(f"settings that differ from the run that wrote {trainer.model.name_or_path}: {'; '.join(changed)}")
@@ -232,6 +245,26 @@ class RunLog:
         except (OSError, ValueError) as error:  # a picture must not fail a run
             warnings.warn(f"the curves could not be drawn: {error}")
         say(where)
+
+
+class NoLog:
+    """Of a rank that is not the first: it says and writes nothing; a signal ends it all the same."""
+
+    end_where_interrupted = RunLog.end_where_interrupted
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *args, **kwargs: None
+
+    def __enter__(self) -> NoLog:
+        return self
+
+    def __exit__(self, *_) -> None:
+        pass
+
+
+def run_log(config: MultimodalRLConfig) -> RunLog | NoLog:
+    """The log of a run, kept by its first rank."""
+    return NoLog() if rank() else RunLog(config)
 
 
 def lock_folder(folder: Path) -> IO[str]:

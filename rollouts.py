@@ -28,7 +28,9 @@ from verifiers.clients.openai_chat_completions_client import handle_openai_overl
 from verifiers.utils.response_utils import parse_response_tokens
 from verifiers.utils.save_utils import state_to_output
 
+from faults import RunStopped
 from media import plain_messages
+from parallel import exchange, ranks, share, together
 
 if TYPE_CHECKING:
     import verifiers as vf
@@ -231,6 +233,10 @@ class Rollouts:
                 reasons.append(f"{type(error).__name__}: {error}")
         if not lengths:
             raise ValueError(f"env: none of the first {len(reasons)} prompts can be encoded. The first: {reasons[0]}")
+        if self.config.rollouts_per_step // self.config.rollouts_per_example < ranks():
+            raise ValueError(
+                f"rollouts_per_step={self.config.rollouts_per_step}: fewer prompts than the {ranks()} ranks"
+            )
         context, wanted = self.server.max_model_len, self.config.max_tokens
         if wanted > context - min(lengths):
             left = f"leave room for {max(context - min(lengths), 0)} in the model's context of {context}"
@@ -246,7 +252,7 @@ class Rollouts:
 
     def check_on_policy(self, difference: float, undo: Callable[[], None]) -> None:
         """The logprobs of the current policy's rollouts must be the trainer's own, but for the precision of the two
-        forwards: a warning, or with `on_mismatch` "error" RuntimeError, after `undo`.
+        forwards: a warning, or with `on_mismatch` "error" RunStopped, after `undo`.
 
         Args:
             difference: mean |trainer's - server's|, at the first update after the rollouts.
@@ -266,18 +272,18 @@ class Rollouts:
         )
         if self.config.on_mismatch == "error":
             undo()
-            raise RuntimeError(message)
+            raise RunStopped(message)
         warnings.warn(message)
 
     def evaluate(self) -> GenerateOutputs:
         """Greedy rollouts of the first `eval_examples` evaluation examples, by the policy as it is now."""
         if self.config.sync_to_vllm_every and self.server_version != self.policy.version:
             self.sync()  # also between two weight updates
-        examples = self.environment.get_eval_dataset(n=self.config.eval_examples).to_list()
+        examples = share(self.environment.get_eval_dataset(n=self.config.eval_examples).to_list())
         return with_reward(self.sample(examples, temperature=0.0), self.config.primary_reward_key)
 
     def examples(self, step: int) -> list[dict]:
-        """The dataset rows of a step (the first one is 0), each of its prompts G times.
+        """This rank's dataset rows of a step (the first one is 0), each of its prompts G times.
 
         The training set is walked in a seeded shuffle, anew in each epoch: every example once before any comes again.
         """
@@ -286,7 +292,7 @@ class Rollouts:
         K = self.config.rollouts_per_step // G  # prompts a step
         taken = range(step * K, step * K + K)
         order = {epoch: epoch_order(N, self.config.seed, epoch) for epoch in {i // N for i in taken}}
-        return [example for i in taken for example in [dataset[order[i // N][i % N]]] * G]
+        return [example for each in share([dataset[order[i // N][i % N]] for i in taken]) for example in [each] * G]
 
     def sample(self, examples: list[dict], temperature: float) -> GenerateOutputs:
         """Run the environment on these rows. A server that is lost meanwhile is waited for; then they run again."""
@@ -294,11 +300,11 @@ class Rollouts:
         if self.server_version is None:  # it may have started from other weights
             self.sync()
         for _ in range(ATTEMPTS):
-            outputs = self.generate(examples, temperature)
-            if outputs is not None:
+            outputs = together(lambda: self.generate(examples, temperature))
+            if all(exchange(outputs is not None)):
                 return outputs
             warnings.warn(f"step {step}: the server was lost during the rollouts; waiting for it, then they run again")
-            self.server.connect()
+            together(self.server.connect)
             if self.config.sync_to_vllm_every:
                 self.sync()
         raise RuntimeError(f"step {step}: the server was lost {ATTEMPTS} times during the same rollouts; see its log")
@@ -458,8 +464,8 @@ class RolloutsAhead(Rollouts):
         else:
             (_, examples, version, future), self.running = self.running, None
             with self.clock("rollout"):
-                outputs = self.wait(future)
-                if outputs is None:  # the server was lost under it
+                outputs = together(lambda: self.wait(future))
+                if not all(exchange(outputs is not None)):  # the server was lost under it
                     outputs, version = self.sample(examples, self.config.temperature), self.server_version
             self.policy_version = version
             outputs = with_reward(outputs, self.config.primary_reward_key)

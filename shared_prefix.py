@@ -28,7 +28,8 @@ from torch import Tensor, nn
 from transformers import DynamicCache, GenerationMixin
 from transformers.cache_utils import Cache
 
-from faults import is_out_of_memory
+from faults import RunStopped, is_out_of_memory
+from parallel import agreed, exchange, in_step, is_sharded, stand_in, total_norm
 from recompute import recomputes, repeatable
 
 if TYPE_CHECKING:
@@ -124,7 +125,7 @@ def why_not_shared(model: nn.Module, batch: MultimodalBatch, placeholder_ids: Se
 class MicroBatch(NamedTuple):
     """The rows of one forward pass."""
 
-    rows: Tensor  # (n,) their numbers in the whole batch
+    rows: Tensor | None  # (n,) their numbers in the whole batch; None: a pass that only keeps in step with other ranks
     batch: MultimodalBatch  # no longer than they are; without media where their prompts have them
     completions: Completions | None  # what follows their prompts, which run before; None: the plain forward
 
@@ -164,10 +165,14 @@ def micro_batches(
         rows: (B,) bool, those that have something to train; all are taken where none has.
         config: also says whether prompts are shared.
     """
+    if not len(batch):  # this rank's; other ranks have some
+        cut = micro_batches(policy, stand_in(policy, batch), rows.new_ones(2), config) if is_sharded(policy) else []
+        return [block._replace(parts=[part._replace(rows=None) for part in block.parts]) for block in cut]
     numbers = rows.nonzero()[:, 0] if rows.any() else torch.arange(len(batch))
     chosen = batch if len(numbers) == len(batch) else batch.select(numbers)
     budget = tokens or config.micro_batch_tokens
     shared = find_shared_prompts(policy.model, chosen, policy.placeholder_ids) if config.share_prefix else None
+    shared = shared if agreed(policy, shared is not None) else None
     if shared is not None and policy.sharing_is_exact is None:
         policy.sharing_is_exact = sharing_is_exact(policy, chosen, shared)
     if shared is not None and policy.sharing_is_exact is False:
@@ -177,7 +182,7 @@ def micro_batches(
     ends = ends.amax(-1)  # (n,) columns up to each row's last token
     if shared is None:
         parts = [(part, chosen.select(part, width=int(ends[part].max()))) for part in within(budget, ends.tolist())]
-        return [Block(None, [MicroBatch(numbers[part], of_part, None)]) for part, of_part in parts]
+        return in_step(policy, [Block(None, [MicroBatch(numbers[part], of_part, None)]) for part, of_part in parts])
     blocks, own = [], ends - shared.lengths[shared.prompt_of_row]  # (n,) columns after each row's prompt
     for together in within(budget, shared.lengths.tolist()):
         members = torch.isin(shared.prompt_of_row, torch.tensor(together)).nonzero()[:, 0]
@@ -188,7 +193,7 @@ def micro_batches(
             prompts = replace(block.prompts, prompt_of_row=block.prompts.prompt_of_row[part])
             block.parts.append(MicroBatch(numbers[members[part]], of_part, Completions.of(of_part, prompts)))
         blocks.append(block)
-    return blocks
+    return in_step(policy, blocks)
 
 
 def within(budget: int, widths: Sequence[int]) -> list[list[int]]:
@@ -215,7 +220,11 @@ def run(policy: Policy, blocks: Sequence[Block]) -> Iterator[tuple[MicroBatch, T
     for block in blocks:
         prefix = policy.run_prompts(block.prompts) if block.prompts else None
         for part in block.parts:
-            yield part, *policy(part.batch, part.completions and replace(part.completions, prefix=prefix))
+            logprobs, entropies = policy(part.batch, part.completions and replace(part.completions, prefix=prefix))
+            if part.rows is not None:
+                yield part, logprobs, entropies
+            elif logprobs.requires_grad:
+                (0.0 * logprobs.sum()).backward()
         if prefix is not None:
             prefix.backward()
 
@@ -232,7 +241,8 @@ def sharing_is_exact(policy: Policy, batch: MultimodalBatch, shared: SharedPromp
     """
     rows = compared_rows(batch, shared)
     model, parameters = policy.model, list(policy.parameters())
-    if int((batch.attention_mask.sum(-1) - shared.lengths[shared.prompt_of_row])[rows[0]]) == 1:
+    longest = int((batch.attention_mask.sum(-1) - shared.lengths[shared.prompt_of_row])[rows[0]])
+    if not agreed(policy, longest > 1):
         return None
 
     def backward(rows: list[int], shared: SharedPrompts | None, sign: int) -> Tensor:
@@ -243,19 +253,20 @@ def sharing_is_exact(policy: Policy, batch: MultimodalBatch, shared: SharedPromp
         return logprobs.detach()
 
     def norm() -> Tensor:
-        return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        return total_norm([p.grad for p in parameters if p.grad is not None])
 
     policy.zero_grad(set_to_none=True)
     try:
         logprobs, of_shared = backward(rows, shared.select(rows), 1), norm()
         off = (logprobs - torch.cat([backward([row], None, -1) for row in rows])).abs().mean()
         left = norm() / of_shared  # of the gradient, once the plain one is taken away
-        if off <= tolerance(model) and left <= 3 * tolerance(model):
+        if agreed(policy, bool(off <= tolerance(model) and left <= 3 * tolerance(model))):
             return True
         reason = f"logprobs are off by {off:.1e}, the gradient by {left:.1e} of its norm"
     except Exception as error:  # the cache is the model's own affair, and so is how it fails
-        if is_out_of_memory(error):  # which says nothing of the model
+        if is_out_of_memory(error) or isinstance(error, RunStopped):  # which say nothing of the model
             raise
+        agreed(policy, False)
         reason = f"{type(error).__name__}: {error}"
     finally:
         policy.zero_grad(set_to_none=True)
@@ -286,7 +297,8 @@ def tolerance(model: nn.Module) -> float:
 
 def compared_rows(batch: MultimodalBatch, shared: SharedPrompts) -> list[int]:
     """Two rows of one prompt, the first with the longest completion there is among such, and one of another prompt,
-    that whose length differs most, which pads one of the two; their media are joined."""
+    that whose length differs most, which pads one of the two; their media are joined. Where there is no other prompt
+    the second row comes twice."""
     prompts = shared.prompt_of_row
     longest = batch.attention_mask.sum(-1) - shared.lengths[prompts]  # (B,)
     row = int((longest * (prompts.bincount()[prompts] > 1)).argmax())
@@ -294,12 +306,13 @@ def compared_rows(batch: MultimodalBatch, shared: SharedPrompts) -> list[int]:
     apart = (shared.lengths - shared.lengths[prompts[row]]).abs()
     apart[prompts[row]] = -1
     other = int(apart.argmax())
-    return [row, mate] + ([] if other == prompts[row] else [prompts.tolist().index(other)])
+    return [row, mate, mate if other == prompts[row] else prompts.tolist().index(other)]  # three on every rank
 
 
 def shared_fraction(blocks: Sequence[Block]) -> float:
-    """Share of the rows whose prompt is run once for several of them."""
-    rows = [(len(part.rows), block.prompts is not None) for block in blocks for part in block.parts]
+    """Share of the rows, of all ranks, whose prompt is run once for several of them."""
+    own = [(len(part.rows), block.prompts) for block in blocks for part in block.parts if part.rows is not None]
+    rows = [pair for pairs in exchange([(n, prompts is not None) for n, prompts in own]) for pair in pairs]
     return sum(n for n, shares in rows if shares) / sum(n for n, _ in rows)
 
 

@@ -16,7 +16,7 @@ import socket
 import time
 import uuid
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,6 +30,7 @@ from transformers.image_processing_backends import PilBackend
 from transformers.utils import is_torchvision_available
 
 from checkpoint import published_weights, whole_folder
+from parallel import of_first, rank, ranks, together, whole
 
 if TYPE_CHECKING:
     from mm_grpo import MultimodalAdapter, MultimodalRLConfig
@@ -131,23 +132,36 @@ class VLLMServer:
             return False
 
     def sync(self, model) -> None:
-        """Load the model's weights into the server. A server that dies meanwhile is waited for, and then gets them."""
+        """Load the model's weights into the server. Every rank gathers what it has a shard of; the first one sends."""
+        weights = None
+        if self.transport == "disk":
+            weights = {name: tensor.cpu().contiguous() for name, tensor in self._weights(model) if not rank()}
+        together(lambda: self._send(model, weights))
+        self.version = of_first(self.version)
+
+    def _send(self, model, weights: dict[str, Tensor] | None) -> None:
+        """A server that dies meanwhile is waited for, and then gets them; over NCCL not where other ranks have shards,
+        which they gather but once."""
+        if rank():
+            for _ in self._weights(model) if weights is None else ():
+                pass
+            return
+        folder = weights and self._write(weights)
         for attempt in range(1, UPDATE_ATTEMPTS + 1):
             try:
-                return self._push(model)
+                return self._push(model, folder)
             except RuntimeError as error:
-                if attempt == UPDATE_ATTEMPTS or self._healthy():
+                if attempt == UPDATE_ATTEMPTS or self._healthy() or (folder is None and ranks() > 1):
                     raise
                 warnings.warn(f"{error}. Waiting for the server; the weight update starts over")
                 self.connect()
 
-    def _push(self, model) -> None:
+    def _push(self, model, folder: Path | None) -> None:
         """Pause, load, drop every cache of the old policy, name the new one, resume (whatever happens in between)."""
-        folder = self._write(model) if self.transport == "disk" else None
         try:
             self._call("POST", "/pause?mode=wait")
             if folder is None:
-                self.nccl = self.nccl or nccl_sender(self, lambda: self._weights(model))
+                self.nccl = self.nccl or nccl_sender(self, model)
                 self.nccl.send_weights()
             else:
                 reload = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
@@ -163,13 +177,12 @@ class VLLMServer:
 
     def _weights(self, model) -> Iterator[tuple[str, Tensor]]:
         """Each parameter by the name that the server knows it by, in the type that it computes in."""
-        return ((name, weights.to(self.dtype)) for name, weights in published_weights(model))
+        return ((name, whole(weights).to(self.dtype)) for name, weights in published_weights(model))
 
-    def _write(self, model) -> Path:
+    def _write(self, weights: dict[str, Tensor]) -> Path:
         """The weights, as a folder."""
         folder = self.weights_dir / "policy"
         with whole_folder(folder, replace=True) as fresh:
-            weights = {name: tensor.cpu().contiguous() for name, tensor in self._weights(model)}
             save_file(weights, fresh / "model.safetensors")
         return folder
 
@@ -292,8 +305,8 @@ def processor_flag(adapter) -> str:
     return f"--mm-processor-kwargs '{json.dumps(options)}'" if options else ""
 
 
-def nccl_sender(server: VLLMServer, weights: Callable[[], Iterator[tuple[str, Tensor]]]):
-    """vLLM's own sender, connected to the server's workers: `send_weights()` broadcasts what `weights()` yields."""
+def nccl_sender(server: VLLMServer, model: torch.nn.Module):
+    """vLLM's own sender, connected to the server's workers: `send_weights()` broadcasts the model's."""
     from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
     from vllm.distributed.weight_transfer.clients import HTTPVLLMWeightSyncClient
     from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
@@ -301,10 +314,11 @@ def nccl_sender(server: VLLMServer, weights: Callable[[], Iterator[tuple[str, Te
 
     class Weights(WeightSource):
         def metadata(self) -> list[ParamMeta]:
-            return [ParamMeta(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in weights()]
+            named = published_weights(model)
+            return [ParamMeta(name, server.dtype, tuple(tensor.shape)) for name, tensor in named]
 
         def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-            return weights()
+            return server._weights(model)
 
     with socket.create_connection((server.host, server.port)) as connection:
         address = connection.getsockname()[0]  # of ours, the one that the server can reach
