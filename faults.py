@@ -70,8 +70,8 @@ def after_pauses(
         until = time.monotonic() + pause
         while time.monotonic() < until and not came:
             time.sleep(0.05)
-        if agree(came):
-            end_by(came.pop())
+        if agreed := agree(came):
+            end_by(agreed[0])
     return work()
 
 

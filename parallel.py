@@ -90,9 +90,8 @@ def of_first(value: Result) -> Result:
 
 
 def came_to_any(came: list) -> list:
-    """The same list, with what came to the first rank to which something did."""
-    came[:] = next(filter(None, exchange(list(came))), [])
-    return came
+    """What came to the first rank to which something did. Of what comes meanwhile the next exchange tells."""
+    return next(filter(None, exchange(list(came))), [])
 
 
 def together(work: Callable[[], Result], none: type[Exception] | tuple = ()) -> Result | None:
@@ -128,8 +127,9 @@ def leaving(*alike: type[Exception]) -> Iterator[None]:
     except Exception as error:
         if ranks() == 1:
             raise
-        _left.append(f"{type(error).__name__}: {error}".splitlines()[0][:500])
-        raise RankLost(roll_call(_left[-1])) from error
+        _left.append(f"{type(error).__name__}: {error}".splitlines()[0][:300])
+        of_group = isinstance(error, dist.DistError) or "gloo" in _left[-1]
+        raise RankLost(roll_call(_left[-1], of_group)) from error
 
 
 _left: list[str] = []  # why this rank no longer speaks to the others
@@ -140,19 +140,29 @@ def apart() -> bool:
     return bool(_left)
 
 
-def roll_call(said: str) -> str:
-    """Which rank failed first, found out through the store where the ranks met; call it with what happened here."""
+def roll_call(said: str, of_group: bool) -> str:
+    """Which rank failed first, found out through the store where the ranks met.
+
+    Args:
+        said: what happened here. of_group: whether that is only how a lost rank looks from here.
+    """
+    names = {n: f"mm_grpo/left/{n}" for n in range(ranks())}
+    until = time.monotonic() + (ROLL_CALL if of_group else 0)
     try:
         store = dist.distributed_c10d._get_default_store()
-        store.set(f"mm_grpo/left/{rank()}", f"{store.add('mm_grpo/left', 1):06} {said}")
-        names, until = {n: f"mm_grpo/left/{n}" for n in range(ranks())}, time.monotonic() + ROLL_CALL
+        store.set(names[rank()], f"{store.add('mm_grpo/left', 1):06} {said}")
         while time.monotonic() < until and not store.check([*names.values()]):
             time.sleep(0.05)
         left = {n: store.get(name).decode() for n, name in names.items() if store.check([name])}
+        heard = store.add("mm_grpo/heard", 1)
+        while rank() == 0 and time.monotonic() < until and heard < ranks():  # with this process the store may go
+            time.sleep(0.05)
+            heard = store.add("mm_grpo/heard", 0)
     except Exception as error:  # it went with the process that held it
         return f"the process where the ranks met is gone ({error}); here: {said}"
-    if silent := [n for n in names if n not in left]:
-        return f"rank {', '.join(map(str, silent))} is gone, or does not answer; seen by rank {rank()}: {said}"
+    if of_group and len(left) < ranks():
+        silent = ", ".join(str(n) for n in names if n not in left)
+        return f"rank {silent} is gone, or does not answer; seen by rank {rank()}: {said}"
     first = min(left, key=left.__getitem__)
     return f"rank {first} failed: {left[first][7:]}"
 

@@ -8,16 +8,24 @@ test_vllm.py.
 
 import json
 import math
+import os
+import shutil
+import signal
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from checkpoint import checkpoints
+from checkpoint import checkpoints, step_of
+from conftest import wait_for
+from rollouts import epoch_order
 
 QUICK = "--eval_examples 8 --max_steps 5 --rollouts_per_step 16 --rollouts_per_example 4 --max_tokens 4 --beta 0.1"
-QUICK += " --updates_per_batch 2 --learning_rate 1e-3 --lr_scheduler_type constant --adapter qwen"
+# AdamW moves a weight whose gradient is rounding noise as far as any other, so two orders of sums are apart by a share of
+# the learning rate: at 1e-3 one weight of 280,000 by 1.2e-5
+QUICK += " --updates_per_batch 2 --learning_rate 3e-4 --lr_scheduler_type constant --adapter qwen"
 
 
 def metrics(folder) -> list[dict]:
@@ -69,3 +77,113 @@ SETTINGS = {
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS.keys())
 def test_two_ranks_give_the_run_that_one_gives(runs, tmp_path, settings):
     expect_equal(run(runs, tmp_path / "one", 1, *settings), run(runs, tmp_path / "two", 2, *settings))
+
+
+HALVES = '''
+import verifiers as vf
+
+def load_environment(bad=()):
+    """The shapes, with a reward that raises for these examples."""
+    shapes = vf.load_environment("shapes-env", num_train_examples=6, num_eval_examples=4)
+
+    def exact(completion, answer, info, **kwargs) -> float:
+        if info["number"] in bad:
+            raise RuntimeError("the judge is away")
+        return float(len(completion[0]["content"]) % 3) + len(answer) / 10
+
+    rows = shapes.get_dataset().to_list()
+    numbered = [{**row, "info": {"number": i}} for i, row in enumerate(rows)]
+    dataset = type(shapes.get_dataset()).from_list(numbered)
+    return vf.SingleTurnEnv(dataset=dataset, eval_dataset=dataset, rubric=vf.Rubric(funcs=[exact]))
+'''
+
+
+def test_a_rank_that_has_nothing_to_train_on_leaves_the_run_what_it_was(runs, tmp_path):
+    """Of two prompts a step the second rank's fails in the first step, the first rank's in the second."""
+    (runs.log.parent / "halves_env.py").write_text(HALVES)  # where its processes look for modules
+    first, second, third, *_ = epoch_order(6, seed=0, epoch=0)
+    settings = ["--env_id", "halves_env", "--env_args", json.dumps({"bad": [second, third]}), "--max_steps", "3"]
+    settings += ["--rollouts_per_step", "8", "--eval_examples", "0", "--micro_batch_tokens", "100"]
+    one, two = (run(runs, tmp_path / str(ranks), ranks, *settings) for ranks in (1, 2))
+    assert [line["rollouts_dropped"] for line in metrics(one)] == [4, 4, 0]
+    expect_equal(one, two)
+
+
+# ---------------------------------------------------------------- ranks that fail
+
+
+SABOTAGE = '''
+import os
+import verifiers as vf
+
+def load_environment(step, **kwargs):
+    """The shapes, and a second rank whose backward fails at this step."""
+    import mm_grpo
+    backward = mm_grpo.MultimodalGRPOTrainer.backward
+
+    def broken(trainer, *args):
+        if os.environ.get("RANK") == "1" and trainer.policy.version + 1 == step:
+            raise RuntimeError("a kernel that this device does not have")
+        return backward(trainer, *args)
+
+    mm_grpo.MultimodalGRPOTrainer.backward = broken
+    return vf.load_environment("shapes-env", **kwargs)
+'''
+LONG = ["--max_steps", "500", "--save_steps", "2", "--eval_examples", "0"]
+
+
+def begin(runs, folder, *arguments, ranks=2, steps=3) -> list[int]:
+    """Start a long run in so many processes and wait until it has done some steps; the process ids."""
+    started = runs.start_ranks(ranks, *QUICK.split(), "--output_dir", str(folder), *LONG, *arguments)
+    log = folder / "metrics.jsonl"
+    wait_for(lambda: log.exists() and log.read_text().count("\n") >= steps, seconds=60)
+    return started
+
+
+def test_a_rank_that_is_killed_ends_the_others_with_its_name_and_the_run_goes_on(runs, tmp_path):
+    """Two ranks go on to the same bits, one rank to the same numbers, each from the last whole checkpoint."""
+    said = len(runs.said())
+    processes = begin(runs, tmp_path / "killed")
+    os.kill(processes[1], signal.SIGKILL)
+    killed = time.monotonic()
+    assert [runs.end(process) for process in processes] == [1, -9]
+    assert time.monotonic() - killed < 20 and "error: rank 1 is gone" in runs.said()[said:]
+    done = step_of(checkpoints(tmp_path / "killed")[-1])
+    assert done >= 2 and done % 2 == 0 and not list((tmp_path / "killed").glob(".checkpoint*"))
+    shutil.copytree(tmp_path / "killed", tmp_path / "alone")
+    length = ["--max_steps", str(done + 3), "--eval_examples", "0"]
+    run(runs, tmp_path / "killed", 2, *length, "--resume_from_checkpoint", "true")
+    run(runs, tmp_path / "alone", 1, *length, "--resume_from_checkpoint", "true")
+    run(runs, tmp_path / "whole", 2, *length)
+    assert metrics(tmp_path / "killed") == metrics(tmp_path / "whole")
+    assert torch.equal(weights(tmp_path / "killed"), weights(tmp_path / "whole"))
+    expect_equal(tmp_path / "alone", tmp_path / "whole")
+
+
+def test_a_rank_that_fails_by_itself_ends_the_others_with_what_it_said(runs, tmp_path):
+    (runs.log.parent / "sabotage_env.py").write_text(SABOTAGE)
+    said = len(runs.said())
+    arguments = ["--env_id", "sabotage_env", "--env_args", '{"step": 4}']
+    processes = begin(runs, tmp_path / "run", *arguments, ranks=3)
+    assert [runs.end(process) for process in processes] == [1, 1, 1]
+    named = "error: rank 1 failed: RuntimeError: a kernel that this device does not have"
+    assert runs.said()[said:].count(named) == 3
+    assert [path.name for path in checkpoints(tmp_path / "run")] == ["checkpoint-2"]
+
+
+def test_a_rank_that_no_longer_answers_ends_the_others_within_the_timeout(runs, tmp_path):
+    said = len(runs.said())
+    processes = begin(runs, tmp_path / "run", "--ddp_timeout", "5")
+    os.kill(processes[1], signal.SIGSTOP)
+    stopped = time.monotonic()
+    assert runs.end(processes[0]) == 1
+    assert 4 < time.monotonic() - stopped < 20 and "rank 1 is gone, or does not answer" in runs.said()[said:]
+    os.kill(processes[1], signal.SIGKILL)
+    assert runs.end(processes[1]) == -9 and checkpoints(tmp_path / "run")
+
+
+def test_a_signal_to_one_rank_stops_all_after_the_same_step_with_a_checkpoint(runs, tmp_path):
+    processes = begin(runs, tmp_path / "run")
+    os.kill(processes[1], signal.SIGTERM)
+    assert [runs.end(process) for process in processes] == [143, 143]
+    assert step_of(checkpoints(tmp_path / "run")[-1]) == metrics(tmp_path / "run")[-1]["step"]
