@@ -269,6 +269,15 @@ for line in sys.stdin:
 """
 
 
+def group(ranks: int) -> list[dict[str, str]]:
+    """What torchrun tells each of its processes, in the environment."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    told = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return [{**told, "RANK": str(i), "LOCAL_RANK": str(i)} for i in range(ranks)]
+
+
 class Runs:
     """Command lines, and other code, in processes that start within a second."""
 
@@ -293,19 +302,16 @@ class Runs:
 
     def start_ranks(self, ranks: int, *arguments: str) -> list[int]:
         """The same command line in so many processes, told what torchrun tells its own; their process ids."""
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = str(free.getsockname()[1])
-        group = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        return [self.start(*arguments, **group, RANK=str(i), LOCAL_RANK=str(i)) for i in range(ranks)]
+        return [self.start(*arguments, **told) for told in group(ranks)]
 
-    def printed(self, code: str) -> str:
+    def printed(self, code: str, ranks: int = 1) -> str:
         """What this code prints in a process of its own: its memory can be measured and capped. Of what it frees the
-        heap keeps nothing above a megabyte, so that the numbers are the same each time."""
+        heap keeps nothing above a megabyte, so that the numbers are the same each time. With `ranks` in so many."""
         output, said = self.log.with_name("printed"), len(self.said())
         output.unlink(missing_ok=True)
-        process = self.ask({"code": code, "output": str(output), "folder": str(Path(__file__).parent)})
-        assert self.end(process) == 0, self.said()[said:][-2000:]
+        asked = {"code": code, "output": str(output), "folder": str(Path(__file__).parent)}
+        started = [self.ask({**asked, "environment": told}) for told in (group(ranks) if ranks > 1 else [{}])]
+        assert [self.end(process) for process in started] == [0] * ranks, self.said()[said:][-3000:]
         return output.read_text()
 
     def end(self, process: int | None = None) -> int:

@@ -499,15 +499,17 @@ class Policy(nn.Module):
 
     def forward(self, batch: MultimodalBatch, shared: SharedPrompts | Completions | None = None, cast: bool = True):
         """(logprobs, entropies) of this batch, (B, T) each; without `cast`, in the weights' own precision."""
-        if self.head_is_last is None:
-            self.head_is_last = head_is_last(self.model, shared.prompts if shared else batch)
+        self.look_at_head(shared.prompts if isinstance(shared, SharedPrompts) else batch)
         with torch.autocast(batch.input_ids.device.type, torch.bfloat16, enabled=self.bf16 and cast):
             return score(self.model, batch, self.temperature, self.placeholder_ids, shared, self.head_is_last)
 
+    def look_at_head(self, batch: MultimodalBatch) -> None:
+        if self.head_is_last is None:
+            self.head_is_last = parallel.agreed(self, head_is_last(self.model, batch))
+
     def run_prompts(self, shared: SharedPrompts) -> Prefix:
         """Run these prompts for `forward` to go on from; what goes on from them goes backward before they do."""
-        if self.head_is_last is None:
-            self.head_is_last = head_is_last(self.model, shared.prompts)
+        self.look_at_head(shared.prompts)
         body = self.model.base_model if self.head_is_last else self.model
         with torch.autocast(shared.prompts.input_ids.device.type, torch.bfloat16, enabled=self.bf16):
             return shared_prefix.run_prompts(body, shared.model_inputs()).cut()
@@ -576,7 +578,7 @@ class MultimodalGRPOTrainer:
         checkpoint_layers(model, config.gradient_checkpointing)
         self.policy = Policy(model, config.temperature, adapter.placeholder_ids, config.bf16)
         self.ref_policy = copy.deepcopy(self.policy).requires_grad_(False) if config.beta > 0 else None
-        for policy in (self.policy, self.ref_policy) if config.shard else ():
+        for policy in filter(None, (self.policy, self.ref_policy) if config.shard else ()):
             parallel.shard(policy)
         self.device, self.clock = next(model.parameters()).device, Clock()
         self.optimizer, self.learning_rate = make_optimizer(model.parameters(), config), learning_rates(config)

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from datetime import timedelta
-from itertools import zip_longest
+from itertools import count, islice, zip_longest
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -320,9 +320,10 @@ def in_step(policy: Policy, blocks: list[Block]) -> list[Block]:
 
 def stand_in(policy: Policy, batch: MultimodalBatch) -> MultimodalBatch:
     """Two rows of four tokens, for a rank that has no rows and must make passes all the same."""
-    token = next(i for i in range(2**20) if i not in policy.placeholder_ids)
+    # not the first ids: the embedding of padding may be zeros
+    ids = [*islice((i for i in count(3) if i not in policy.placeholder_ids), 4)]
     ones, trained = torch.ones(2, 4, dtype=torch.long), torch.tensor([[0, 0, 1, 1]] * 2)
-    return type(batch)(ones * token, ones, trained, torch.zeros(2, 4), torch.zeros(2))
+    return type(batch)(ones * torch.tensor(ids), ones, trained, torch.zeros(2, 4), torch.zeros(2))
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ import inspect
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -316,16 +316,22 @@ def shared_fraction(blocks: Sequence[Block]) -> float:
     return sum(n for n, shares in rows if shares) / sum(n for n, _ in rows)
 
 
-@dataclass
 class Prefix:
-    """K prompts that the model has run, to go on from."""
+    """K prompts that the model has run, to go on from. No dataclass: FSDP looks for gradients in the fields of those,
+    and would take a gradient that comes to the cut for the end of its root's backward.
 
-    last: Tensor  # what it gave at each prompt's last token: logits (K, V), or a body's hidden states (K, H)
-    cache: Cache
-    mask: Tensor  # (K, P) the prompts' attention mask
-    positions: Tensor  # (K, 1) of the token after the prompt
-    again: bool  # whether layers run again in the backward, those that go on from it too
-    cuts: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # what the prompts gave, and the leaf in its place
+    Args:
+        last: what it gave at each prompt's last token: logits (K, V), or a body's hidden states (K, H).
+        cache: of all layers.
+        mask: (K, P) the prompts' attention mask.
+        positions: (K, 1) of the token after the prompt.
+        again: whether layers run again in the backward, those that go on from it too.
+        cuts: what the prompts gave, and the leaf in its place.
+    """
+
+    def __init__(self, last: Tensor, cache: Cache, mask: Tensor, positions: Tensor, again: bool, cuts: Sequence = ()):
+        self.last, self.cache, self.mask, self.positions = last, cache, mask, positions
+        self.again, self.cuts = again, cuts
 
     def cut(self) -> Prefix:
         """The same, cut from its graph: what goes on from it leaves its gradients at the cut, for `backward`."""
@@ -339,8 +345,7 @@ class Prefix:
             cuts.append((value, value.detach().requires_grad_()))
             return cuts[-1][1]
 
-        last, cache = leaf(self.last), copy_cache(self.cache, leaf)
-        return replace(self, last=last, cache=cache, cuts=cuts)
+        return Prefix(leaf(self.last), copy_cache(self.cache, leaf), self.mask, self.positions, self.again, cuts)
 
     def backward(self) -> None:
         """Take the gradients that came to the cut on through the prompts; once."""

@@ -12,6 +12,7 @@ import os
 import shutil
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,12 +20,12 @@ import torch
 from safetensors.torch import load_file
 
 from checkpoint import checkpoints, step_of
-from conftest import wait_for
+from conftest import make_trainer, wait_for
 from rollouts import epoch_order
 
 QUICK = "--eval_examples 8 --max_steps 5 --rollouts_per_step 16 --rollouts_per_example 4 --max_tokens 4 --beta 0.1"
-# AdamW moves a weight whose gradient is rounding noise as far as any other, so two orders of sums are apart by a share of
-# the learning rate: at 1e-3 one weight of 280,000 by 1.2e-5
+# AdamW moves a weight whose gradient is rounding noise as far as any other, so two orders of sums are apart by a share
+# of the learning rate: at 1e-3 one weight of 280,000 by 1.2e-5
 QUICK += " --updates_per_batch 2 --learning_rate 3e-4 --lr_scheduler_type constant --adapter qwen"
 
 
@@ -187,3 +188,51 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step_with_a_checkpoint(ru
     os.kill(processes[1], signal.SIGTERM)
     assert [runs.end(process) for process in processes] == [143, 143]
     assert step_of(checkpoints(tmp_path / "run")[-1]) == metrics(tmp_path / "run")[-1]["step"]
+
+
+# ---------------------------------------------------------------- shards
+
+SHARDED = """
+import sys, torch, parallel
+sys.path.insert(0, ".")
+from conftest import make_trainer
+class Elsewhere:  # a server that is not in this process; nothing is asked of it here
+    shares_weights, dtype, client = False, torch.float32, None
+parallel.start(type("", (), dict(ddp_timeout=60, output_dir="")))
+batch, settings = torch.load({batch!r}, weights_only=False)
+trainer = make_trainer(server=Elsewhere(), shard=True, vllm_server_host="elsewhere", **settings)
+mine = batch.select([i for i in range(len(batch)) if i in {shares}[parallel.rank()]])
+metrics = trainer.update(mine)
+trainer.save_checkpoint(__import__("pathlib").Path({folder!r}))
+if parallel.rank() == 0:
+    print(metrics)
+"""
+
+
+def batch_of(env, **settings):
+    """A batch of the first prompts, sampled in this process."""
+    trainer = make_trainer(env=env, **settings)
+    batch = trainer.adapter.build_batch(trainer.rollouts.collect())
+    trainer.close()
+    return replace(batch, rewards=torch.rand(len(batch), generator=torch.Generator().manual_seed(0)))
+
+
+@pytest.mark.parametrize("shares", [[range(8), range(8, 16)], [range(12), range(12, 16)], [range(16), ()]])
+@pytest.mark.parametrize("settings", [{}, {"share_prefix": False}, {"gradient_checkpointing": True}])
+def test_shards_make_the_update_that_one_process_makes(runs, tmp_path, settings, shares):
+    settings = dict(settings, updates_per_batch=2, beta=0.1, micro_batch_tokens=150, rollouts_per_step=16)
+    settings |= dict(rollouts_per_example=4, max_tokens=4, learning_rate=3e-4, output_dir=str(tmp_path / "out"))
+    batch = batch_of({"num_train_examples": 6}, **settings)
+    torch.save((batch, settings), tmp_path / "batch.pt")
+    trainer = make_trainer(**settings)
+    alone = trainer.update(batch)
+    code = SHARDED.format(
+        batch=str(tmp_path / "batch.pt"), shares=[list(s) for s in shares], folder=str(tmp_path / "two")
+    )
+    sharded = eval(runs.printed(code, ranks=2))
+    assert sharded.keys() == alone.keys()
+    assert {
+        n: (alone[n], sharded[n]) for n in alone if not math.isclose(alone[n], sharded[n], rel_tol=1e-4, abs_tol=1e-6)
+    } == {}
+    ours, theirs = trainer.model.state_dict(), type(trainer.model).from_pretrained(tmp_path / "two").state_dict()
+    assert max((ours[name] - theirs[name]).abs().max() for name in ours) <= 1e-5
