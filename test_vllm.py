@@ -666,3 +666,67 @@ def test_a_server_that_hangs_ends_a_weight_update_within_the_timeouts(servers, f
         trainer.rollouts.sync()
     assert time.monotonic() - started < 30  # the pause, the resume, and /health until the time to wait is over
     server.kill()
+
+
+# ---------------------------------------------------------------- more than one rank
+
+RANKS = """
+import math, sys, torch, parallel
+from pathlib import Path
+sys.path.insert(0, ".")
+from conftest import make_trainer
+
+class Elsewhere:  # nothing is asked of it
+    shares_weights, dtype, client = False, torch.float32, None
+
+folder, shard, server = Path({folder!r}), {shard}, {server}
+parallel.start(type("", (), dict(ddp_timeout=300, output_dir="")))
+settings = dict(rollouts_per_step=16, rollouts_per_example=4, max_tokens=4, learning_rate=3e-4, max_steps=8)
+settings |= dict(updates_per_batch=2, eval_examples=4, seed=1, output_dir=str(folder / "out"), shard=shard)
+settings |= dict(micro_batch_tokens=200)
+if server:
+    settings |= dict(vllm_server_host=server[0], vllm_server_port=server[1])
+trainer = make_trainer(server=None if server else Elsewhere(), env={{"num_train_examples": 8}}, **settings)
+saved = lambda step: folder / f"batch-{{step}}-{{parallel.rank()}}.pt"
+differences = []
+if server:  # the batches are kept for the run that is compared
+    build = trainer.adapter.build_batch
+    def kept(outputs):
+        batch = build(outputs)
+        torch.save(batch, saved(trainer.policy.version))
+        return batch
+    trainer.adapter.build_batch = kept
+for step in range(3):
+    if server:
+        metrics = trainer.step()
+        assert metrics["lag"] == 0 and metrics["rollouts_dropped"] == 0 and metrics["shared_prefix_fraction"] == 1
+        differences.append(max(abs(math.log(metrics["ratio_min"])), abs(math.log(metrics["ratio_max"]))))
+    else:
+        trainer.update(torch.load(saved(step), weights_only=False))
+        trainer.policy.version += 1
+if server:
+    trainer.evaluate()
+trainer.save_checkpoint(folder / ("sharded" if shard else "whole"))
+if parallel.rank() == 0:
+    print(differences)
+"""
+
+
+@pytest.mark.parametrize("shard", [True, False], ids=["shards", "whole models"])
+def test_two_ranks_and_a_server_agree_after_each_update_and_learn_what_whole_models_would(
+    servers, runs, tmp_path, shard
+):
+    """The comparison trains whole models on the very batches, as two ranks do that share no server. Without a KL
+    penalty: at the first update that of a row without advantage is 0 or rounding noise, which AdamW takes for a step."""
+    server = servers("qwen")
+    said = runs.printed(RANKS.format(folder=str(tmp_path), shard=shard, server=(server.host, server.port)), ranks=2)
+    differences = json.loads(said)
+    assert len(differences) == 3 and max(differences) < CLOSE
+    name = "sharded" if shard else "whole"
+    trained = AutoModelForImageTextToText.from_pretrained(tmp_path / name).state_dict()
+    (tmp_path / name).rename(tmp_path / "trained")
+    runs.printed(RANKS.format(folder=str(tmp_path), shard=False, server=None), ranks=2)
+    compared = AutoModelForImageTextToText.from_pretrained(tmp_path / "whole").state_dict()
+    start = make_tiny("qwen", seed=1)[0].state_dict()
+    assert max((trained[name] - compared[name]).abs().max() for name in trained) <= 1e-5
+    assert max((trained[name] - start[name]).abs().max() for name in trained) > 5e-4
