@@ -62,8 +62,9 @@ def bits(checkpoint: Path) -> dict[str, str]:
         dict(updates_per_batch=2, beta=0.1, scale_rewards="batch"),
         dict(env={**ENV, "turns": 2}, loss_type="gspo", micro_batch_tokens=150),
         pytest.param(dict(optim="adamw_8bit", updates_per_batch=2), marks=needs("bitsandbytes")),
+        dict(param_dtype="bfloat16", updates_per_batch=2, beta=0.1, learning_rate=1e-4),  # most steps below a bit
     ],
-    ids=["with a reference policy", "two turns", "an optimizer of 8 bits"],
+    ids=["with a reference policy", "two turns", "an optimizer of 8 bits", "weights in bfloat16"],
 )
 def test_a_resumed_run_goes_on_with_the_same_bits(tmp_path, settings):
     """Five steps walk the six prompts for a second time: shuffles and random streams go on too."""
