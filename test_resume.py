@@ -313,12 +313,22 @@ def copied(finished, tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("learning_rate", 2e-3), ("seed", 1), ("rollouts_per_step", 16), ("env_args", {"turns": 2}), ("temperature", 0.5)],
+    [("learning_rate", 2e-3), ("seed", 1), ("rollouts_per_step", 16), ("env_args", {"turns": 2}), ("temperature", 0.5)]
+    + [("param_dtype", "bfloat16")],
 )
 def test_a_setting_that_matters_and_is_another_is_named_and_refused(copied, name, value):
     with pytest.raises(ValueError, match=rf"resume_from_checkpoint='true': not the run's settings: .*{name}: .* -> "):
         run(copied, max_steps=3, resume_from_checkpoint="true", **{name: value})
     assert [path.name for path in checkpoints(copied)] == ["checkpoint-1", "checkpoint-2"]
+
+
+def test_a_model_from_python_in_another_precision_is_refused(copied):
+    """Its masters, or their absence, would not be those of the checkpoint."""
+    model, adapter = make_tiny("qwen")
+    for weight in model.parameters():
+        weight.data = weight.data.bfloat16()
+    with pytest.raises(ValueError, match="settings: param_dtype: 'float32' -> 'bfloat16' "):
+        run(copied, tiny=(model, adapter), max_steps=3, resume_from_checkpoint="true")
 
 
 def test_settings_that_do_not_matter_may_change(copied):
