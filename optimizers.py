@@ -47,9 +47,9 @@ def bytes_per_parameter(config: Any, trained: bool = True) -> dict[str, float]:
 def make_optimizer(parameters: Iterable[nn.Parameter], config: Any) -> Optimizer:
     """AdamW over the parameters that need a gradient, as `optim` says; in place of bfloat16 ones over their masters.
 
-    adamw_torch: PyTorch's; both moments in float32. adamw_8bit: bitsandbytes', a byte for each moment and a scale for
-    each 256 (https://arxiv.org/abs/2110.02861), in every tensor of 4,096 elements or more, embeddings too, which
-    Transformers' Trainer leaves in 32 bits; float32 in smaller ones.
+    adamw_torch: PyTorch's; both moments in the type of what is stepped. adamw_8bit: bitsandbytes', a byte for each moment
+    and a scale for each 256 (https://arxiv.org/abs/2110.02861), in every tensor of 4,096 elements or more, embeddings
+    too, which Transformers' Trainer leaves in 32 bits; float32 in smaller ones.
 
     What is stepped is one group. Where there are masters it begins with them, and their weights are a second group, in
     the same order: it is never stepped, its gradients go to the masters and are dropped with theirs. A weight that is
@@ -71,7 +71,7 @@ def make_optimizer(parameters: Iterable[nn.Parameter], config: Any) -> Optimizer
             from bitsandbytes.optim import AdamW8bit as kind
         except ModuleNotFoundError:
             raise ValueError(f"optim={config.optim!r}: needs a package: pip install bitsandbytes==0.50.2") from None
-    groups = [{"params": stepped}, *([{"params": weights}] if weights else [])]
+    groups = [{"params": stepped}, {"params": weights}] if weights else stepped
     optimizer = kind(groups, lr=config.learning_rate, weight_decay=config.weight_decay)
     if weights:
         optimizer.register_step_pre_hook(lambda *_: take_gradients(optimizer))
