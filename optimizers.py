@@ -47,7 +47,7 @@ def bytes_per_parameter(config: Any, trained: bool = True) -> dict[str, float]:
 def make_optimizer(parameters: Iterable[nn.Parameter], config: Any) -> Optimizer:
     """AdamW over the parameters that need a gradient, as `optim` says; in place of bfloat16 ones over their masters.
 
-    adamw_torch: PyTorch's; both moments in the type of what is stepped. adamw_8bit: bitsandbytes', a byte for each moment
+    adamw_torch: PyTorch's; both moments in the type of what it steps. adamw_8bit: bitsandbytes', a byte for each moment
     and a scale for each 256 (https://arxiv.org/abs/2110.02861), in every tensor of 4,096 elements or more, embeddings
     too, which Transformers' Trainer leaves in 32 bits; float32 in smaller ones.
 

@@ -43,7 +43,7 @@ IMPOSSIBLE = {
     **dict.fromkeys(("on_mismatch", "on_control_tokens"), ("stop",)),
     "vllm_server_port": (0, 65536), "loss_type": ("ppo",), "scale_rewards": ("both",),
     "env_args": ("{", "red", [1], 7), "processor_kwargs": ("{", [1]), "bf16": ("yes", 1), "seed": (0.5, "x", -1, 2**32),
-    "output_dir": (None, 3),
+    "output_dir": (None, 3), "param_dtype": ("float16", "bf16"),
 }  # fmt: skip
 
 
