@@ -306,21 +306,25 @@ ADAPTERS = {"auto": ProcessorAdapter, "qwen": QwenVLAdapter, "llava": LlavaAdapt
 def load_model(
     family: str, checkpoint: str | None, config: MultimodalRLConfig
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, ProcessorAdapter]:
-    """(model, tokenizer, adapter) of a checkpoint, a name or a folder; None: of a tiny model with random weights.
+    """(model, tokenizer, adapter) of a checkpoint, a name or a folder; None: of a tiny model with random weights. Its
+    weights are what `param_dtype` says; a model that is made otherwise and given to the trainer stays as it is.
 
     Raises:
         ValueError: no such folder, or weights that lack tensors.
     """
+    dtype = getattr(torch, config.param_dtype)
     rules = MediaRules(config.max_image_pixels, config.allowed_local_media_path, config.allowed_media_domains)
     if checkpoint is None:
         from tiny_vlm import make_tiny, use_one_thread
 
         use_one_thread()
         model, processor = make_tiny("qwen" if family == "auto" else family, seed=config.seed)
+        for weight in model.parameters():  # not `model.to`, which rounds the frequencies of the positions too
+            weight.data = weight.data.to(dtype)
     else:
         if Path(checkpoint).is_absolute() and not Path(checkpoint).exists():
             raise ValueError(f"model={checkpoint!r}: there is no such folder")
-        options = dict(dtype=torch.float32, output_loading_info=True)
+        options = dict(dtype=dtype, output_loading_info=True)
         model, found = AutoModelForMultimodalLM.from_pretrained(checkpoint, **options)
         if missing := sorted(found["missing_keys"]):  # they would be trained on from random numbers
             raise ValueError(f"model={checkpoint!r}: its weights lack {len(missing)} tensors: {', '.join(missing[:5])}")

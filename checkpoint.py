@@ -168,6 +168,7 @@ class RunState:
             "prompts_taken": step * self.config.rollouts_per_step // self.config.rollouts_per_example,
             "settings": {
                 **settings_of(self.config),
+                "param_dtype": str(next(model.parameters()).dtype)[6:],  # the model's own; "torch." in front
                 "adapter": type(self.trainer.adapter).__name__,
                 "model": f"{type(model).__name__} {getattr(model, 'name_or_path', '')}".strip(),
             },

@@ -170,9 +170,11 @@ def make_trainer(
             above what the weights say.
         max_model_len: of the server in this process.
         tiny: (model, adapter) to train, in place of new ones of the family.
-        config: settings, see MultimodalRLConfig.
+        config: settings, see MultimodalRLConfig. `param_dtype` holds here too, as where a model is loaded.
     """
     model, adapter = tiny or make_tiny(family, seed=seed)
+    for weight in model.parameters() if "param_dtype" in config else ():
+        weight.data = weight.data.to(getattr(torch, config["param_dtype"]))
     if favoured is not None:
         token = getattr(adapter.processor, favoured, None)
         favour(model, getattr(adapter.tokenizer, favoured) if token is None else token, by)

@@ -469,6 +469,7 @@ class MultimodalRLConfig:
     on_mismatch: Literal["warn", "error"] = option("warn", "where it is exceeded on-policy: warn, or stop the run")
     on_control_tokens: Literal["warn", "error"] = option("warn", "where text became control tokens on the server")
     bf16: bool = option(False, "forward passes in bfloat16 autocast; weights and optimizer stay as they are")
+    param_dtype: Literal["float32", "bfloat16"] = option("float32", "of the weights; bfloat16: see the README's table")
     seed: Annotated[int, Field(ge=0, lt=2**32)] = option(0, "of prompt order, local sampling, the demo's weights")
     log_every_steps: AtLeast1 = option(1, "steps between lines of metrics.jsonl")
 

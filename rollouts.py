@@ -259,7 +259,8 @@ class Rollouts:
         """
         threshold = self.config.mismatch_threshold
         if threshold is None:
-            threshold = 1e-3 if self.server.dtype == torch.float32 and not self.config.bf16 else 0.1
+            dtypes = {self.server.dtype, next(self.policy.parameters()).dtype}
+            threshold = 1e-3 if dtypes == {torch.float32} and not self.config.bf16 else 0.1
         if difference <= threshold:
             return
         message = (

@@ -43,7 +43,7 @@ IMPOSSIBLE = {
     **dict.fromkeys(("on_mismatch", "on_control_tokens"), ("stop",)),
     "vllm_server_port": (0, 65536), "loss_type": ("ppo",), "scale_rewards": ("both",),
     "env_args": ("{", "red", [1], 7), "processor_kwargs": ("{", [1]), "bf16": ("yes", 1), "seed": (0.5, "x", -1, 2**32),
-    "output_dir": (None, 3),
+    "output_dir": (None, 3), "param_dtype": ("float16", "bf16"),
 }  # fmt: skip
 
 
@@ -279,7 +279,8 @@ EFFECTS = {
 LOSS_EFFECTS = {loss_type: lambda **s: moved(**OFF, max_tokens=4, **s)[0] for loss_type in LOSS_TYPES}
 # What needs a folder, a command line or a real server has a test of its own, here, in test_media.py or test_vllm.py
 ELSEWHERE = {
-    "optim": "test_an_optimizer_costs_a_parameter_the_bytes_that_the_readme_says",
+    "optim": "test_a_setting_costs_a_parameter_the_bytes_that_are_said",
+    "param_dtype": "test_param_dtype_is_that_of_the_weights_which_are_loaded",
     "output_dir": "test_a_run_writes_where_it_is_told_as_often_as_it_is_told",
     "max_steps": "test_a_run_writes_where_it_is_told_as_often_as_it_is_told",
     "log_every_steps": "test_a_run_writes_where_it_is_told_as_often_as_it_is_told",

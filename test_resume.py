@@ -62,8 +62,9 @@ def bits(checkpoint: Path) -> dict[str, str]:
         dict(updates_per_batch=2, beta=0.1, scale_rewards="batch"),
         dict(env={**ENV, "turns": 2}, loss_type="gspo", micro_batch_tokens=150),
         pytest.param(dict(optim="adamw_8bit", updates_per_batch=2), marks=needs("bitsandbytes")),
+        dict(param_dtype="bfloat16", updates_per_batch=2, beta=0.1, learning_rate=1e-4),  # most steps below a bit
     ],
-    ids=["with a reference policy", "two turns", "an optimizer of 8 bits"],
+    ids=["with a reference policy", "two turns", "an optimizer of 8 bits", "weights in bfloat16"],
 )
 def test_a_resumed_run_goes_on_with_the_same_bits(tmp_path, settings):
     """Five steps walk the six prompts for a second time: shuffles and random streams go on too."""
@@ -312,12 +313,22 @@ def copied(finished, tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("learning_rate", 2e-3), ("seed", 1), ("rollouts_per_step", 16), ("env_args", {"turns": 2}), ("temperature", 0.5)],
+    [("learning_rate", 2e-3), ("seed", 1), ("rollouts_per_step", 16), ("env_args", {"turns": 2}), ("temperature", 0.5)]
+    + [("param_dtype", "bfloat16")],
 )
 def test_a_setting_that_matters_and_is_another_is_named_and_refused(copied, name, value):
     with pytest.raises(ValueError, match=rf"resume_from_checkpoint='true': not the run's settings: .*{name}: .* -> "):
         run(copied, max_steps=3, resume_from_checkpoint="true", **{name: value})
     assert [path.name for path in checkpoints(copied)] == ["checkpoint-1", "checkpoint-2"]
+
+
+def test_a_model_from_python_in_another_precision_is_refused(copied):
+    """Its masters, or their absence, would not be those of the checkpoint."""
+    model, adapter = make_tiny("qwen")
+    for weight in model.parameters():
+        weight.data = weight.data.bfloat16()
+    with pytest.raises(ValueError, match="settings: param_dtype: 'float32' -> 'bfloat16' "):
+        run(copied, tiny=(model, adapter), max_steps=3, resume_from_checkpoint="true")
 
 
 def test_settings_that_do_not_matter_may_change(copied):

@@ -717,7 +717,7 @@ def test_two_ranks_and_a_server_agree_after_each_update_and_learn_what_whole_mod
     servers, runs, tmp_path, shard
 ):
     """The comparison trains whole models on the very batches, as two ranks do that share no server. Without a KL
-    penalty: at the first update that of a row without advantage is 0 or rounding noise, which AdamW takes for a step."""
+    penalty: a first update's, in a row without advantage, is 0 or rounding noise, which AdamW takes for a step."""
     server = servers("qwen")
     said = runs.printed(RANKS.format(folder=str(tmp_path), shard=shard, server=(server.host, server.port)), ranks=2)
     differences = json.loads(said)
