@@ -80,16 +80,18 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or any(words in str(error).lower() for words in OUT_OF_MEMORY)
 
 
-def halving(work: Callable[[int], Result], size: int, clean_up: Callable[[], None]) -> tuple[Result, int]:
+def halving(
+    work: Callable[[int], Result], size: int, clean_up: Callable[[], None], least: int = 1
+) -> tuple[Result, int]:
     """(result, size) of `work(size)`. Where memory runs out it starts again from its beginning with half the size, down
-    to 1; the size that fits is said in one warning."""
+    to `least`; the size that fits is said in one warning."""
     reason = ""
     while True:
         try:
             result = work(size)
             break
         except (RuntimeError, MemoryError) as error:
-            if size == 1 or not is_out_of_memory(error):
+            if size <= least or not is_out_of_memory(error):
                 raise
             reason = str(error).splitlines()[0][:200]
         clean_up()  # here, where the error no longer holds on to what it had made

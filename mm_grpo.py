@@ -638,7 +638,10 @@ class MultimodalGRPOTrainer:
         history = []  # the metrics of each update
         for i in range(config.updates_per_batch):
             (logprobs, entropies), self.micro_batch_tokens = halving(
-                lambda tokens: self.backward(blocks(tokens), own), self.micro_batch_tokens, self.optimizer.zero_grad
+                lambda tokens: self.backward(blocks(tokens), own),
+                self.micro_batch_tokens,
+                self.optimizer.zero_grad,
+                least=self.micro_batch_tokens if config.shard else 1,  # a pass made again would leave the other ranks
             )
             parallel.sum_gradients(self.policy)
             whole = parallel.gather({**own, "logprobs": logprobs, "entropies": entropies})
@@ -763,6 +766,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with contextlib.ExitStack() as stack:
         with one_line_errors(Exception, code=2):  # the user's to mend, before anything is trained
             parallel.start(config)
+            stack.callback(parallel.end)
             log = stack.enter_context(run_log(config))
             model, tokenizer, adapter = load_model(arguments.adapter, arguments.model, config)
             model = model if config.shard else model.to(parallel.device())

@@ -61,6 +61,12 @@ def start(config: MultimodalRLConfig) -> None:
     config.output_dir = of_first(config.output_dir)
 
 
+def end() -> None:
+    """Part from the other ranks, where all went well."""
+    if dist.is_initialized() and not apart():
+        dist.destroy_process_group()
+
+
 def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 

@@ -146,7 +146,7 @@ class RunLog:
             settings = ", ".join(f"{name}={getattr(self.config, name)}" for name in demo)
             say(f"settings of the demonstration (--help has the method's own): {settings}")
         parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
-        where = f"{trainer.device}" + (f" and {ranks() - 1} more ranks" if ranks() > 1 else "")
+        where = f"{trainer.device}" + (f", the first of {ranks()} ranks" if ranks() > 1 else "")
         say(f"{type(trainer.model).__name__}, {parameters / 1e6:.2f} M parameters, on {where}")
         source = read_state(Path(getattr(trainer.model, "name_or_path", ""))) or {}
         if changed := changed_settings(source.get("settings", {}), settings_of(self.config), ("output_dir",)):
@@ -250,7 +250,9 @@ class RunLog:
 class NoLog:
     """Of a rank that is not the first: it says and writes nothing; a signal ends it all the same."""
 
-    end_where_interrupted = RunLog.end_where_interrupted
+    def end_where_interrupted(self, came: list[int], checkpoint: Path | None) -> None:
+        if came:
+            end_by(came[0])
 
     def __getattr__(self, name: str) -> Any:
         return lambda *args, **kwargs: None

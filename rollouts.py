@@ -487,9 +487,10 @@ class RolloutsAhead(Rollouts):
         super().sync_when_due()
 
     def finish_rollouts(self) -> None:
-        """Wait for them: a weight update in between would mix two policies."""
+        """Wait for them, those of every rank: a weight update in between would mix two policies."""
         if self.running is not None:
             wait([self.running[-1]])
+        exchange(None)
 
     def stop(self) -> None:
         if self.running is not None:

@@ -255,7 +255,11 @@ def sharing_is_exact(policy: Policy, batch: MultimodalBatch, shared: SharedPromp
     def norm() -> Tensor:
         return total_norm([p.grad for p in parameters if p.grad is not None])
 
-    policy.zero_grad(set_to_none=True)
+    def forget() -> None:  # not by `policy.zero_grad`: a sharded policy's parameters are others once they are gathered
+        for parameter in parameters:
+            parameter.grad = None
+
+    forget()
     try:
         logprobs, of_shared = backward(rows, shared.select(rows), 1), norm()
         off = (logprobs - torch.cat([backward([row], None, -1) for row in rows])).abs().mean()
@@ -269,7 +273,7 @@ def sharing_is_exact(policy: Policy, batch: MultimodalBatch, shared: SharedPromp
         agreed(policy, False)
         reason = f"{type(error).__name__}: {error}"
     finally:
-        policy.zero_grad(set_to_none=True)
+        forget()
     expect_rows_alone(policy, batch, rows)
     warnings.warn(f"{type(model).__name__}: every row runs its prompt, which cannot be run once for several: {reason}")
     return False

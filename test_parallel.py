@@ -9,8 +9,11 @@ test_vllm.py.
 import json
 import math
 import os
+import re
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -20,9 +23,10 @@ import torch
 from safetensors.torch import load_file
 
 from checkpoint import checkpoints, step_of
-from conftest import make_trainer, wait_for
+from conftest import group, make_trainer, wait_for
 from rollouts import epoch_order
 
+HERE = Path(__file__).parent
 QUICK = "--eval_examples 8 --max_steps 5 --rollouts_per_step 16 --rollouts_per_example 4 --max_tokens 4 --beta 0.1"
 # AdamW moves a weight whose gradient is rounding noise as far as any other, so two orders of sums are apart by a share
 # of the learning rate: at 1e-3 one weight of 280,000 by 1.2e-5
@@ -108,6 +112,19 @@ def test_a_rank_that_has_nothing_to_train_on_leaves_the_run_what_it_was(runs, tm
     one, two = (run(runs, tmp_path / str(ranks), ranks, *settings) for ranks in (1, 2))
     assert [line["rollouts_dropped"] for line in metrics(one)] == [4, 4, 0]
     expect_equal(one, two)
+
+
+def test_torchrun_starts_ranks_and_one_of_them_speaks(tmp_path):
+    """The README's command; torchrun itself starts the processes. Rank 0 has a screen and a folder, for all."""
+    command = [str(Path(sys.executable).with_name("torchrun")), "--standalone", "--nproc-per-node", "2", "mm_grpo.py"]
+    command += [*QUICK.split(), "--max_steps", "2", "--eval_examples", "4"]
+    done = subprocess.run(command, cwd=HERE, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-2000:]
+    (said,) = [line for line in done.stdout.splitlines() if line.startswith("Qwen2VL")]
+    assert said.endswith("on cpu, the first of 2 ranks") and done.stdout.count("after training: reward") == 1
+    folder = HERE / re.search(r"checkpoint (\S+)/checkpoint-2,", done.stdout)[1]
+    assert len(metrics(folder)) == 2
+    shutil.rmtree(folder)
 
 
 # ---------------------------------------------------------------- ranks that fail
@@ -236,3 +253,58 @@ def test_shards_make_the_update_that_one_process_makes(runs, tmp_path, settings,
     } == {}
     ours, theirs = trainer.model.state_dict(), type(trainer.model).from_pretrained(tmp_path / "two").state_dict()
     assert max((ours[name] - theirs[name]).abs().max() for name in ours) <= 1e-5
+
+
+RESUMED = """
+import os, signal, sys, torch, parallel
+from pathlib import Path
+sys.path.insert(0, ".")
+from checkpoint import RunState
+from conftest import make_trainer
+class Elsewhere:  # a server that is not in this process; nothing is asked of it here
+    shares_weights, dtype, client, updates = False, torch.float32, None, 0
+parallel.start(type("", (), dict(ddp_timeout=60, output_dir="")))
+batch, settings = torch.load({batch!r}, weights_only=False)
+settings |= dict(output_dir={folder!r}, resume_from_checkpoint="true", max_steps=9)
+if parallel.ranks() > 1:
+    settings |= dict(shard={shard}, vllm_server_host="elsewhere")
+trainer = make_trainer(server=Elsewhere(), **settings)
+RunState(trainer).resume()
+while trainer.policy.version < 4:
+    rows = [i for i in range(len(batch)) if i // 8 % parallel.ranks() == parallel.rank()]
+    trainer.update(batch.select(rows))
+    trainer.policy.version += 1
+    if trainer.policy.version in ({killed}, 4):
+        RunState(trainer).save()
+    if trainer.policy.version == {killed} + 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.parametrize("shard", [True, False], ids=["shards", "whole models"])
+@pytest.mark.parametrize("param_dtype", ["float32", "bfloat16"])
+def test_two_ranks_that_are_killed_go_on_to_the_same_bits_and_one_to_the_same_numbers(
+    runs, tmp_path, shard, param_dtype
+):
+    settings = dict(rollouts_per_step=16, rollouts_per_example=4, max_tokens=4, learning_rate=3e-4, beta=0.1)
+    batch = batch_of({"num_train_examples": 6}, **settings, output_dir=str(tmp_path / "sampled"))
+    torch.save((batch, {**settings, "param_dtype": param_dtype}), tmp_path / "batch.pt")
+
+    def train(name, ranks, killed=9) -> Path:
+        code = RESUMED.format(batch=str(tmp_path / "batch.pt"), folder=str(tmp_path / name), shard=shard, killed=killed)
+        if killed == 9:
+            runs.printed(code, ranks)
+        else:
+            asked = {"code": code, "output": str(tmp_path / "printed"), "folder": str(HERE)}
+            started = [runs.ask({**asked, "environment": told}) for told in group(ranks)]
+            assert [runs.end(process) for process in started] == [-9] * ranks
+        return checkpoints(tmp_path / name)[-1]
+
+    assert train("killed", 2, killed=2).name == "checkpoint-2"
+    shutil.copytree(tmp_path / "killed", tmp_path / "alone")
+    whole, parts, alone = train("whole", 2), train("killed", 2), train("alone", 1)
+    assert whole.name == parts.name == alone.name == "checkpoint-4"
+    for name in ("model.safetensors", "optimizer.state"):
+        assert (whole / name).read_bytes() == (parts / name).read_bytes()
+    apart = (weights(whole.parent) - weights(alone.parent)).float().abs().max()
+    assert apart <= (1e-5 if param_dtype == "float32" else 2e-3)  # a bfloat16 weight of 0.2 has steps of 1e-3
