@@ -77,7 +77,7 @@ class ServerProcess:
         environment = {**os.environ, **quiet, "VLLM_SERVER_DEV_MODE": str(int(self.dev_mode))}
         command = [PYTHON, "-m", "vllm.entrypoints.openai.api_server", "--model", str(self.folder), "--enforce-eager"]
         options = {"host": self.host, "port": self.port, **self.options}
-        command += [f"--{name}={value}" for name, value in options.items()]
+        command += [f"--{name}={value}" if value != "" else f"--{name}" for name, value in options.items()]
         with self.log.open("a") as log:
             self.process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
         return self
