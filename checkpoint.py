@@ -77,7 +77,7 @@ def published(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]
 
 
 def block_of(name: str) -> str:
-    """The layer of a stack that a parameter is in, up to the first number in its name; where there is none its module."""
+    """The layer of a stack that a parameter is in, up to the first number in its name; without one, its module."""
     block = re.match(r".*?\.\d+\.", name)
     return block[0] if block else re.sub(r"\.base_layer|(?<=\.)lora_.*", "", name).rpartition(".")[0]
 
@@ -85,8 +85,10 @@ def block_of(name: str) -> str:
 def published_names(model: nn.Module) -> Iterator[tuple[nn.Parameter, list[str]]]:
     """Each parameter with its published name; with several where it is stacked from several published ones."""
     for name, parameter in model.named_parameters():
-        alone = published(model, {name: torch.empty_like(parameter, device="meta")})
-        yield parameter, [published_name(each, model) for each in alone]
+        names = [name]
+        with suppress(ValueError):  # it is published together with others alone: by its own name
+            names = list(published(model, {name: torch.empty_like(parameter, device="meta")}))
+        yield parameter, [published_name(each, model) for each in names]
 
 
 def save_checkpoint(

@@ -128,6 +128,7 @@ def go_on_with_adapter(model: nn.Module, config: MultimodalRLConfig, carried: di
     check_setting(config, "lora_target_modules", config.lora_target_modules is None, rule)
     model.set_adapter(name)  # loaded for inference, it needs no gradient
     found.inference_mode = False
+    vars(model).pop("_weight_conversions", None)  # Transformers has noted the adapter's there, not the model's
     keep_in_float32(model)
 
 

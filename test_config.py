@@ -33,6 +33,7 @@ IMPOSSIBLE = {
     **dict.fromkeys(("generation_timeout", "rollout_timeout", "vllm_server_timeout"), (0.0, -1.0, INF, NAN)),
     "lr_scheduler_type": ("polynomial",), "warmup_steps": (-1, 0.5, 3), "optim": ("adamw_8bit_torchao",),
     **dict.fromkeys(("updates_per_batch", "micro_batch_tokens", "max_tokens", "log_every_steps"), (0, -1, 1.0, True)),
+    "lora_rank": (-1, 0.5), "lora_alpha": (0, 1.5), "merge_adapter": ("yes",), "freeze": ("(", 1),
     "max_image_pixels": (0, -1, 1e6),
     "max_concurrent": (0, -1),
     **dict.fromkeys(("max_steps", "eval_examples", "sync_to_vllm_every"), (-1, 0.5)),
@@ -299,6 +300,11 @@ ELSEWHERE = {
     "eval_steps": "test_evaluations_on_the_way_are_in_the_metrics_and_change_no_bit",
     "on_control_tokens": "test_the_command_line_hands_the_setting_to_the_adapter",
     "rollout_timeout": "test_a_rollout_that_takes_too_long_is_left_out_and_named",
+    "lora_rank": "test_an_adapter_of_rank_8_learns_a_changed_task_on_a_trained_base",
+    "lora_alpha": "test_lora_alpha_is_what_adapters_add_over_the_rank",
+    "lora_target_modules": "test_adapters_are_of_the_language_models_linear_layers_or_of_those_that_are_named",
+    "merge_adapter": "test_an_old_checkpoint_goes_with_its_merged_model_and_merging_may_change_on_the_way",
+    "freeze": "test_frozen_weights_have_no_gradient_no_state_and_no_copy_and_stay_as_they_are",
     "weight_sync_dir": "test_the_weights_file_is_replaced_whole_under_the_folder_that_is_named",
 }
 
@@ -346,7 +352,14 @@ def test_the_progress_bar_tells_the_mismatch_from_the_kl(tmp_path):
 def test_every_setting_has_its_effect_tested():
     settings = {f.name for f in fields(MultimodalRLConfig)}
     assert settings == set(EFFECTS) | set(ELSEWHERE) and not set(EFFECTS) & set(ELSEWHERE)
-    files = ("test_config.py", "test_faults.py", "test_media.py", "test_optimizers.py", "test_resume.py")
+    files = (
+        "test_config.py",
+        "test_faults.py",
+        "test_lora.py",
+        "test_media.py",
+        "test_optimizers.py",
+        "test_resume.py",
+    )
     files += ("test_rows.py", "test_vllm.py")
     written = "".join((HERE / name).read_text() for name in files)
     assert all(f"def {test}(" in written for test in ELSEWHERE.values())
