@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers.utils import find_adapter_config_file
+from transformers.utils import find_adapter_config_file, is_peft_available
 
 from checks import check_setting
 
@@ -45,16 +45,14 @@ def check_trained(config: MultimodalRLConfig) -> None:
 
 
 def choose_trained(
-    model: nn.Module,
-    config: MultimodalRLConfig,
-    published_names: Callable[[nn.Module], Iterable[tuple[nn.Parameter, list[str]]]],
+    model: nn.Module, config: MultimodalRLConfig, names: Iterable[tuple[nn.Parameter, list[str]]]
 ) -> None:
-    """Give the model its adapters, or freeze what is not trained, as the config says. No global generator is drawn from.
+    """Give the model its adapters, or freeze what is not trained, as the config says.
 
     Args:
         model: a Transformers model where there are adapters; one that was loaded with an adapter goes on with that.
-        config: its lora_rank, lora_alpha, lora_target_modules, freeze and seed are read.
-        published_names: `checkpoint.published_names`.
+        config: its lora_rank, lora_alpha, lora_target_modules, freeze and seed are read. No global generator is.
+        names: `checkpoint.published_names` of the model.
 
     Raises:
         ValueError: names the field: no such layers or parameters, another adapter than the one that is there, no peft.
@@ -64,13 +62,14 @@ def choose_trained(
     elif config.lora_rank:
         add_lora(model, config)
     if config.freeze:
-        freeze(model, config.freeze, published_names(model))
+        freeze(model, config.freeze, names)
 
 
 def add_lora(model: nn.Module, config: MultimodalRLConfig) -> None:
-    """Put an adapter of its rank beside each layer that the config names; nothing else is trained then."""
-    if not hasattr(model, "add_adapter"):
-        raise ValueError(f"lora_rank={config.lora_rank}: {type(model).__name__} is no Transformers model")
+    """Put an adapter beside each layer that the config names; nothing else is trained then."""
+    check_setting(
+        config, "lora_rank", hasattr(model, "add_adapter"), f"{type(model).__name__} is no Transformers model"
+    )
     try:
         from peft import LoraConfig
     except ModuleNotFoundError:
@@ -91,44 +90,48 @@ def keep_in_float32(model: nn.Module) -> None:
 
 
 def target_layers(model: nn.Module, targets: str | None) -> list[str]:
-    """The full names of the linear layers that these targets choose. Names (ends of them), separated by commas, or one
-    regex of full names; None: all of the language model, without the output head."""
+    """The full names of the linear layers that these targets choose: names or ends of them, separated by commas, or one
+    regex of full names; None: all of the language model but the output head."""
     linear = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
     head = model.get_output_embeddings()
     if targets is None:
         inside = set(model.get_decoder().modules()) - {head}
         return [name for name, layer in linear.items() if layer in inside]
-    names = targets.split(",") if re.fullmatch(r"[\w.,]+", targets) else []
-    patterns = [rf"(.*\.)?{re.escape(name)}" for name in names] or [targets]
-    chosen = [[name for name in linear if re.fullmatch(pattern, name)] for pattern in patterns]
-    for pattern, found in zip(names or patterns, chosen):
+    chosen, is_list = set(), re.fullmatch(r"[\w.,]+", targets)
+    for target in targets.split(",") if is_list else [targets]:
+        pattern = rf"(.*\.)?{re.escape(target)}" if is_list else target
+        found = {name for name in linear if re.fullmatch(pattern, name)}
         if not found:
-            some = ", ".join(list(linear)[:: max(1, len(linear) // 5)])
-            raise ValueError(f"lora_target_modules={targets!r}: no linear layer is named {pattern!r}; some are {some}")
-    layers = [name for name in linear if any(name in found for found in chosen)]
-    if any(linear[name] is head for name in layers) and head.weight is model.get_input_embeddings().weight:
+            some = f"some are {', '.join(spread(linear))}"
+            raise ValueError(f"lora_target_modules={targets!r}: no linear layer is named {target!r}; {some}")
+        chosen |= found
+    if any(linear[name] is head for name in chosen) and head.weight is model.get_input_embeddings().weight:
         raise ValueError(f"lora_target_modules={targets!r}: the output head is tied to the embeddings; leave it out")
-    return layers
+    return [name for name in linear if name in chosen]
+
+
+def spread(names: Iterable[str]) -> list[str]:
+    """A few of many names."""
+    names = list(names)
+    return names[:: max(1, len(names) // 5)]
 
 
 def go_on_with_adapter(model: nn.Module, config: MultimodalRLConfig, carried: dict[str, Any]) -> None:
     """Train the adapter that the model was loaded with."""
     (name, found), *more = carried.items()
-    if not config.lora_rank:
-        ways = f"lora_rank={getattr(found, 'r', '...')} goes on training it, the model merged with it trains as a whole"
-        raise ValueError(f"lora_rank=0: the model carries an adapter: {ways}")
+    there = "the model carries an adapter"
+    merge = "set the rank to go on training it, or start from the model merged with it"
+    check_setting(config, "lora_rank", config.lora_rank, f"{there}; {merge}")
+    plain = str(found.peft_type.value) == "LORA" and getattr(found, "bias", None) == "none"
     odd = [field for field in ("use_dora", "lora_bias", "modules_to_save") if getattr(found, field, None)]
-    if more or odd or found.peft_type != "LORA" or getattr(found, "bias", "none") != "none":
-        kind = ", ".join([*carried, str(found.peft_type), *odd])
-        raise ValueError(f"lora_rank={config.lora_rank}: the model carries other adapters than one plain LoRA: {kind}")
-    for field, value in dict(lora_rank=found.r, lora_alpha=found.lora_alpha).items():
-        wanted = getattr(config, field)
-        check_setting(config, field, wanted in (None, value), f"the model carries an adapter with {value}; take that")
-    rule = "must be unset for a model that carries an adapter, which goes on as it is"
-    check_setting(config, "lora_target_modules", config.lora_target_modules is None, rule)
-    model.set_adapter(name)  # loaded for inference, it needs no gradient
-    found.inference_mode = False
-    vars(model).pop("_weight_conversions", None)  # Transformers has noted the adapter's there, not the model's
+    check_setting(config, "lora_rank", plain and not (more or odd), f"{there} that is not one plain LoRA; merge it")
+    for field, value in dict(lora_rank=found.r, lora_alpha=found.lora_alpha, lora_target_modules=None).items():
+        rule = f"{there} of {value}; take that" if value else f"must be unset: {there}, which stays where it is"
+        check_setting(config, field, getattr(config, field) in (None, value), rule)
+    if found.inference_mode:  # so Transformers loads it
+        model.set_adapter(name)
+        found.inference_mode = False
+        vars(model).pop("_weight_conversions", None)  # it has noted the adapter's there, not the model's
     keep_in_float32(model)
 
 
@@ -143,8 +146,7 @@ def freeze(model: nn.Module, pattern: str, published: Iterable[tuple[nn.Paramete
         frozen += any(found)
         parameter.requires_grad_(parameter.requires_grad and not any(found))
     if not frozen:
-        some = ", ".join(seen[:: max(1, len(seen) // 5)])
-        raise ValueError(f"freeze={pattern!r}: is found in no parameter's name; some are {some}")
+        raise ValueError(f"freeze={pattern!r}: is found in no parameter's name; some are {', '.join(spread(seen))}")
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError(f"freeze={pattern!r}: is found in every parameter's name: nothing is left to train")
 
@@ -232,14 +234,11 @@ def base_of(checkpoint: str) -> str:
     found = find_adapter_config_file(checkpoint)
     if found is None or (Path(checkpoint) / "config.json").exists():
         return checkpoint
-    try:
-        import peft  # noqa: F401
-    except ModuleNotFoundError:
-        raise ValueError(f"model={checkpoint!r}: is a LoRA adapter: {INSTALL}") from None
     base = json.loads(Path(found).read_text()).get("base_model_name_or_path")
-    whole = f"; with --merge_adapter a whole model lies in {checkpoint}/merged"
-    if not base:
-        raise ValueError(f"model={checkpoint!r}: is an adapter of a model that was in memory alone{whole}")
-    if Path(base).is_absolute() and not Path(base).exists():
-        raise ValueError(f"model={checkpoint!r}: is an adapter of {base}, where there is nothing{whole}")
+    reason = None if is_peft_available() else INSTALL
+    if not base or (Path(base).is_absolute() and not Path(base).exists()):
+        whole = f"{checkpoint}/merged is a whole model, where the run had --merge_adapter"
+        reason = f"its base, {base or 'a model in memory'}, cannot be found; {whole}"
+    if reason:
+        raise ValueError(f"model={checkpoint!r}: is a LoRA adapter: {reason}")
     return base

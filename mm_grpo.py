@@ -563,7 +563,7 @@ class MultimodalGRPOTrainer:
         self.model, self.tokenizer, self.adapter, self.config = model.eval(), tokenizer, adapter, config
         self.device, self.clock = next(model.parameters()).device, Clock()
         checkpoint_layers(model, config.gradient_checkpointing)
-        choose_trained(model, config, published_names)
+        choose_trained(model, config, published_names(model))
         self.policy = Policy(model, config.temperature, adapter.placeholder_ids, config.bf16)
         self.ref_policy = reference_of(self.policy) if config.beta > 0 else None
         self.optimizer, self.learning_rate = make_optimizer(model.parameters(), config), learning_rates(config)

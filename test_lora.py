@@ -36,7 +36,7 @@ def trainer(family="qwen", **settings):
 
 def with_adapter(model, seed=0, **settings):
     """The model with an adapter that does something: B is zero when it is made."""
-    choose_trained(model, MultimodalRLConfig(**{"lora_rank": 8, **settings}), published_names)
+    choose_trained(model, MultimodalRLConfig(**{"lora_rank": 8, **settings}), published_names(model))
     generator = torch.Generator().manual_seed(seed)
     for layer in lora_layers(model).values():
         weight = layer.lora_B["default"].weight
@@ -149,7 +149,7 @@ def test_an_adapter_is_random_by_the_runs_seed_alone_and_leaves_the_global_gener
     def adapter_of(seed, at):
         model, _ = make_tiny("qwen")
         torch.manual_seed(at)
-        choose_trained(model, MultimodalRLConfig(lora_rank=8, seed=seed), published_names)
+        choose_trained(model, MultimodalRLConfig(lora_rank=8, seed=seed), published_names(model))
         drawn = torch.rand(1)
         torch.manual_seed(at)
         assert torch.equal(drawn, torch.rand(1))
@@ -302,9 +302,9 @@ def test_an_adapter_that_a_model_was_loaded_with_is_trained_on(tmp_path):
     step = made.step()
     assert step["kl"] > 1e-3 and step["grad_norm"] > 0 and not torch.equal(flat(made.model), before)  # KL to the base
     refused = {
-        "lora_rank=0: the model carries an adapter: lora_rank=8 goes on training it": dict(lora_rank=0),
-        "lora_rank=4: the model carries an adapter with 8": dict(lora_rank=4),
-        "lora_alpha=8: the model carries an adapter with 16": dict(lora_rank=8, lora_alpha=8),
+        "lora_rank=0: the model carries an adapter; set the rank to go on": dict(lora_rank=0),
+        "lora_rank=4: the model carries an adapter of 8; take that": dict(lora_rank=4),
+        "lora_alpha=8: the model carries an adapter of 16": dict(lora_rank=8, lora_alpha=8),
         "lora_target_modules='q_proj': must be unset": dict(lora_rank=8, lora_target_modules="q_proj"),
     }
     for message, settings in refused.items():
@@ -317,14 +317,16 @@ def test_an_adapter_whose_base_is_not_there_is_refused_with_the_way_out(tmp_path
     model, adapter = make_tiny("qwen")
     save_checkpoint(tmp_path / "adapter", with_adapter(model), adapter, merge=True)
     load = lambda: load_model("auto", str(tmp_path / "adapter"), MultimodalRLConfig())
-    with pytest.raises(ValueError, match="is an adapter of a model that was in memory alone;.*adapter/merged"):
+    with pytest.raises(ValueError, match="is a LoRA adapter: its base, a model in memory, cannot.*adapter/merged"):
         load()
     settings = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     settings["base_model_name_or_path"] = "/moved/away"
     (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(settings))
-    with pytest.raises(ValueError, match="is an adapter of /moved/away, where there is nothing"):
+    with pytest.raises(ValueError, match="is a LoRA adapter: its base, /moved/away, cannot be found"):
         load()
-    monkeypatch.setitem(sys.modules, "peft", None)
+    settings["base_model_name_or_path"] = str(tmp_path)
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(settings))
+    monkeypatch.setattr("lora.is_peft_available", lambda: False)
     with pytest.raises(ValueError, match=r"is a LoRA adapter: needs a package: pip install peft==0.21.2"):
         load()
 
@@ -374,7 +376,7 @@ def test_adapters_need_peft_and_a_transformers_model_and_a_head_of_its_own(monke
     with pytest.raises(ValueError, match="lora_target_modules='lm_head': the output head is tied to the embeddings"):
         trainer(tiny=(model, adapter), lora_rank=4, lora_target_modules="lm_head")
     with pytest.raises(ValueError, match="lora_rank=4: Sequential is no Transformers model"):
-        choose_trained(nn.Sequential(nn.Linear(2, 2)), MultimodalRLConfig(lora_rank=4), published_names)
+        choose_trained(nn.Sequential(nn.Linear(2, 2)), MultimodalRLConfig(lora_rank=4), ())
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(ValueError, match=r"lora_rank=4: needs a package: pip install peft==0.21.2"):
         trainer(lora_rank=4)
@@ -409,7 +411,7 @@ def test_names_are_found_as_published_checkpoints_spell_them():
 def test_parameters_that_are_one_here_and_many_published_are_frozen_together_or_not_at_all():
     def frozen(pattern):
         model, _ = tiny_vlm.make_tiny("qwen3_5_moe")
-        choose_trained(model, MultimodalRLConfig(freeze=pattern), published_names)
+        choose_trained(model, MultimodalRLConfig(freeze=pattern), published_names(model))
         return {name.rpartition(".")[2] for name, weight in model.named_parameters() if not weight.requires_grad}
 
     assert frozen(r"mlp\.experts\.") == {"gate_up_proj", "down_proj"}
