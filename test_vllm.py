@@ -369,6 +369,17 @@ def test_adapters_alone_go_to_a_server_that_takes_them_under_a_new_name_each_tim
 
 
 @needs("peft")
+def test_rollouts_ahead_ask_for_the_adapter_that_is_there(servers, folder):
+    """Each update takes the name away that the rollouts before it asked for; two turns ask twice."""
+    settings = dict(async_rollouts=True, max_steps=5, env_args={"turns": 2}, **LORA, **folder)
+    trainer = make_trainer("qwen", adapters_server(servers), **settings)
+    metrics = [trainer.step() for _ in range(5)]
+    assert [step["lag"] for step in metrics] == [0, 0, 1, 1, 1]
+    assert all(step["rollouts_dropped"] == 0 for step in metrics)
+    assert differences(metrics[1]) < CLOSE < differences(metrics[2])
+
+
+@needs("peft")
 def test_a_server_that_takes_adapters_gets_merged_weights_of_those_that_it_would_ignore(servers, folder):
     """vLLM loads an adapter of the vision tower without a word, and does not use it."""
     settings = dict(lora_target_modules="q_proj,qkv", **LORA, **folder)
