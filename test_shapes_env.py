@@ -13,7 +13,7 @@ import verifiers as vf
 
 from conftest import message, picture
 from media import load_image
-from shapes_env import COLOURS, make_rubric
+from shapes_env import COLOURS, load_environment, make_rubric
 
 
 def shapes(**arguments):
