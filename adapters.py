@@ -24,6 +24,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForMultimodalLM, LlavaProcessor, Qwen2VLProcessor
 
 from checkpoint import load_processor, without_video
+from lora import base_of
 from media import MediaRules, load_part, media_parts, message_parts, pack_media, plain_messages
 from mm_grpo import MultimodalAdapter, MultimodalBatch, MultimodalRLConfig
 from rows import Row, Unusable, rollout_rows, token_tensors
@@ -324,6 +325,7 @@ def load_model(
     else:
         if Path(checkpoint).is_absolute() and not Path(checkpoint).exists():
             raise ValueError(f"model={checkpoint!r}: there is no such folder")
+        base_of(checkpoint)  # an adapter's, if it is there
         options = dict(dtype=dtype, output_loading_info=True)
         model, found = AutoModelForMultimodalLM.from_pretrained(checkpoint, **options)
         if missing := sorted(found["missing_keys"]):  # they would be trained on from random numbers

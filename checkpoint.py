@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import random
@@ -10,7 +11,7 @@ import shutil
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from functools import cache
@@ -22,13 +23,14 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoProcessor, PreTrainedModel, ProcessorMixin, set_seed
+from transformers import AutoConfig, AutoProcessor, PreTrainedModel, ProcessorMixin
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 from transformers.utils import is_torchvision_available
 
+from lora import adapter_weights, base_of, load_adapter, lora_layers, save_adapter, without_adapters
 from optimizers import FALLING, load_state_tensors, state_tensors
-from parallel import apart, exchange, of_first, on_first, placed, rank
+from parallel import apart, exchange, full, gathered, of_first, placed, rank
 
 STATE = "trainer_state.json"
 DOOMED = "trainer_state.json.deleted"  # its name while the checkpoint is deleted
@@ -49,42 +51,100 @@ def published_name(name: str, model: nn.Module) -> str:
     return name
 
 
-def published_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Each parameter as published checkpoints have it. Not the state dict: tied parameters are here once."""
+def published_weights(
+    model: nn.Module, merge: bool = True, trained: bool = False, read: Callable[[Tensor], Tensor] = full
+) -> Iterator[tuple[str, Tensor]]:
+    """Each parameter as published checkpoints have it, a block of layers at a time. Not the state dict: tied parameters
+    are here once. Of shards every rank must ask for each, and gets it whole.
+
+    Args:
+        merge: with what LoRA adapters add to it; else without.
+        trained: leave out blocks of which nothing is trained. A block is whole: vLLM puts the parts of a fused layer
+            together anew, and makes garbage of those that did not come.
+        read: makes of a parameter what is to be published; `full` gathers shards.
+    """
     model = getattr(model, "module", model)  # of a wrapper such as DistributedDataParallel
-    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    if isinstance(model, PreTrainedModel):  # undo what Transformers does when it loads: names, experts stacked
-        weights = revert_weight_conversion(model, weights)
-    for name, tensor in weights.items():
-        yield published_name(name, model), tensor
+    blocks: dict[str, dict[str, nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        blocks.setdefault(block_of(name), {})[name] = parameter
+    for block in blocks.values():
+        if trained and not any(parameter.requires_grad for parameter in block.values()):
+            continue
+        weights = {name: read(parameter.detach()) for name, parameter in block.items()}
+        for name, tensor in published(model, without_adapters(model, weights, merge)).items():
+            yield published_name(name, model), tensor
 
 
-def save_checkpoint(folder: Path, model: nn.Module, *beside: Any) -> None:
+def published(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What Transformers does when it loads a checkpoint undone: names, experts stacked, layers taken apart."""
+    return revert_weight_conversion(model, weights) if isinstance(model, PreTrainedModel) else weights
+
+
+def block_of(name: str) -> str:
+    """The layer of a stack that a parameter is in, up to the first number in its name; without one, its module."""
+    block = re.match(r".*?\.\d+\.", name)
+    return block[0] if block else re.sub(r"\.base_layer|(?<=\.)lora_.*", "", name).rpartition(".")[0]
+
+
+def shape_of(parameter: Tensor) -> Tensor:
+    """A tensor of this shape without numbers."""
+    return torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
+
+
+def published_names(model: nn.Module) -> Iterator[tuple[nn.Parameter, list[str]]]:
+    """Each parameter with its published name; with several where it is stacked from several published ones."""
+    for name, parameter in model.named_parameters():
+        names = [name]
+        with suppress(ValueError):  # it is published together with others alone: by its own name
+            names = list(published(model, {name: shape_of(parameter)}))
+        yield parameter, [published_name(each, model) for each in names]
+
+
+def save_checkpoint(
+    folder: Path, model: nn.Module, *beside: Any, state: RunState | None = None, merge: bool = False
+) -> None:
     """Write the weights, and what has a `save_pretrained` beside them (adapter, tokenizer), whole or not at all. Every
     rank must call it; the first one writes.
 
-    As `from_pretrained` and vLLM read them; of a module that is no Transformers model, the state dict as model.pt.
+    As `from_pretrained` and vLLM read them; of a module that is no Transformers model, the state dict as model.pt. Of a
+    model with LoRA adapters these alone, as peft reads them.
+
+    Args:
+        state: of the run, saved last.
+        merge: write the whole model too, with what its adapters add, into `merged`.
 
     Raises:
         FileExistsError: the folder exists; nothing is overwritten.
         ValueError: weights that are not finite.
         OSError: they could not be written; nothing is left of them.
     """
-    weights = {name: on_first(tensor) for name, tensor in model.state_dict().items()}
+    adapter = gathered(adapter_weights(model)) if (has_adapter := bool(lora_layers(model))) else {}
+    weights = gathered(model.state_dict()) if merge or not has_adapter else {}
     if rank():
         return
-    broken = [name for name, tensor in weights.items() if not torch.isfinite(tensor).all()]
+    broken = [name for name, tensor in (adapter | weights).items() if not torch.isfinite(tensor).all()]
     if broken:
         raise ValueError(f"{broken[0]} and {len(broken) - 1} other weights are not finite: not saved")
     with whole_folder(folder) as fresh:
-        if hasattr(model, "save_pretrained"):
-            weights = {published_name(name, model): tensor for name, tensor in weights.items()}
-            model.save_pretrained(fresh, state_dict=weights)
-        else:
-            torch.save(weights, fresh / "model.pt")
-        for thing in beside:
-            if thing is not None:
-                thing.save_pretrained(fresh)
+        if has_adapter:
+            save_adapter(fresh, model, adapter)
+        if merge or not has_adapter:
+            save_model(fresh / "merged" if has_adapter else fresh, model, without_adapters(model, weights))
+        for place in (fresh, fresh / "merged"):
+            for thing in beside if place.exists() else ():
+                if thing is not None:
+                    thing.save_pretrained(place)
+        if state is not None:
+            state.save_pretrained(fresh)
+
+
+def save_model(folder: Path, model: nn.Module, weights: dict[str, Tensor]) -> None:
+    """Write the whole model with these weights."""
+    if not hasattr(model, "save_pretrained"):
+        return torch.save(weights, folder / "model.pt")
+    model = copy.copy(model)
+    model._hf_peft_config_loaded = False  # with it Transformers writes the adapter alone
+    model.save_pretrained(folder, state_dict={published_name(name, model): each for name, each in weights.items()})
 
 
 @contextmanager
@@ -136,7 +196,7 @@ FREE = (
     *("max_steps", "log_every_steps", "micro_batch_tokens", "gradient_checkpointing", "max_concurrent"),
     *("rollout_timeout", "generation_timeout"),
     *("vllm_server_host", "vllm_server_port", "vllm_api_key", "vllm_server_timeout", "weight_sync_dir"),
-    *("mismatch_threshold", "on_mismatch", "on_control_tokens"),
+    *("mismatch_threshold", "on_mismatch", "on_control_tokens", "merge_adapter"),
 )
 SECRET = "vllm_api_key"
 
@@ -196,7 +256,8 @@ class RunState:
             return path
         self.optimizer_state, self.randomness = state_tensors(trainer.optimizer), exchange(random_states())
         try:
-            save_checkpoint(path, trainer.model, trainer.adapter, trainer.tokenizer, self)
+            beside, merge = (trainer.adapter, trainer.tokenizer), self.config.merge_adapter
+            save_checkpoint(path, trainer.model, *beside, state=self, merge=merge)
             for old in [] if rank() else checkpoints(path.parent)[: -(self.config.save_total_limit or sys.maxsize)]:
                 delete_checkpoint(old)
         except (OSError, ValueError) as error:
@@ -222,6 +283,8 @@ class RunState:
             clean_up(self.folder)
         whole = of_first(checkpoints(self.folder))
         folder = (whole[-1] if whole else None) if name == "true" else name and Path(name)
+        from transformers import set_seed  # here: with it come peft and bitsandbytes, where they are installed
+
         set_seed(self.config.seed + rank())
         if folder is None:
             return
@@ -245,11 +308,14 @@ class RunState:
     def load(self, folder: Path, randomness: list[dict[str, Any]]) -> None:
         """Weights, optimizer and random states of a checkpoint."""
         model, optimizer = self.trainer.model, self.trainer.optimizer
-        if hasattr(model, "save_pretrained"):
-            weights = type(model).from_pretrained(folder, dtype=next(model.parameters()).dtype).state_dict()
+        if lora_layers(model):
+            load_adapter(folder, model)
         else:
-            weights = torch.load(folder / "model.pt", weights_only=True)
-        model.load_state_dict({name: placed(weights[name], own) for name, own in model.state_dict().items()})
+            if hasattr(model, "save_pretrained"):
+                saved = type(model).from_pretrained(folder, dtype=next(model.parameters()).dtype).state_dict()
+            else:
+                saved = torch.load(folder / "model.pt", weights_only=True)
+            model.load_state_dict({name: placed(saved[name], own) for name, own in model.state_dict().items()})
         load_state_tensors(optimizer, load_file(folder / "optimizer.state"))
         if rank() < len(randomness):  # of as many ranks as the run had
             set_random_states(randomness[rank()])
@@ -326,7 +392,7 @@ def without_video(kind: type) -> type:
 def load_processor(checkpoint: str) -> ProcessorMixin:
     """The processor of a checkpoint, a name or a folder; without torchvision one that takes no video."""
     if not is_torchvision_available():
-        kind = PROCESSOR_MAPPING.get(type(AutoConfig.from_pretrained(checkpoint)), None)
+        kind = PROCESSOR_MAPPING.get(type(AutoConfig.from_pretrained(base_of(checkpoint))), None)
         if kind is not None and "video_processor" in kind.get_attributes():
             return without_video(kind).from_pretrained(checkpoint)
     return AutoProcessor.from_pretrained(checkpoint)

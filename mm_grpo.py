@@ -47,11 +47,12 @@ from torch import Tensor, nn
 
 import parallel
 import shared_prefix
-from checkpoint import RunState, save_checkpoint
+from checkpoint import RunState, published_names, save_checkpoint
 from checks import check_setting, check_types, expect_batch, json_object
 from command_line import one_line_errors, parse_arguments
 from faults import RunStopped, after_pauses, deferred_signals, halving, stop_where_skipped
 from local_server import LocalServer
+from lora import adapters_off, check_trained, choose_trained, reference_of
 from media import select_spans, take_spans
 from optimizers import OPTIMIZERS, SCHEDULES, clip_and_step, learning_rates, make_optimizer
 from output_head import head_is_last, in_chunks
@@ -426,6 +427,11 @@ class MultimodalRLConfig:
     lr_scheduler_type: Literal[SCHEDULES] = option("constant", "linear and cosine fall to zero at max_steps")
     warmup_steps: AtLeast0 = option(0, "steps in which the rate rises to learning_rate; not where it is constant")
     optim: Literal[OPTIMIZERS] = option("adamw_torch", "adamw_8bit (bitsandbytes): 2 bytes of state a parameter for 8")
+    lora_rank: AtLeast0 = option(0, "train LoRA adapters of this rank (peft) beside the weights; 0: the weights")
+    lora_alpha: AtLeast1 | None = option(None, "what they add is scaled by lora_alpha / lora_rank; unset: by 2")
+    lora_target_modules: str | None = option(None, "a,b: names of layers, or a regex; unset: the language model's")
+    merge_adapter: bool = option(False, "checkpoints hold the whole model too, in merged/")
+    freeze: str | None = option(None, "regex: parameters in whose published name it is found are not trained")
     weight_decay: NotNegative = option(0.0, "AdamW's weight decay")
     max_steps: AtLeast0 = option(500, "steps: one collects rollouts_per_step rollouts and trains on them")
     rollouts_per_step: AtLeast1 = option(128, "rollouts a step, a multiple of rollouts_per_example")
@@ -461,7 +467,7 @@ class MultimodalRLConfig:
     clip_high: Annotated[float, Field(ge=0)] = option(0.2, "the ratio is clipped above 1 + clip_high")
     mask_ratio_low: Annotated[float, Field(ge=0, le=1)] = option(0.1, "tokens with a smaller ratio are dropped")
     mask_ratio_high: Annotated[float, Field(ge=1)] = option(10.0, "tokens with a larger ratio are dropped")
-    beta: NotNegative = option(0.0, "weight of the KL penalty to the initial policy, of which a copy is kept")
+    beta: NotNegative = option(0.0, "weight of the KL penalty to the initial policy (LoRA: to the base)")
     scale_rewards: Literal["group", "batch", "none"] = option("group", "whose spread advantages are divided by")
     mask_truncated_completions: bool = option(False, "do not train on completions that were cut off at max_tokens")
     max_grad_norm: Positive = option(1.0, "gradients are scaled down to this norm")
@@ -480,6 +486,7 @@ class MultimodalRLConfig:
         check_setting(self, "rollouts_per_step", self.rollouts_per_step % self.rollouts_per_example == 0, rule)
         rule = "rollouts in this process would need the whole model; give it a vllm_server_host"
         check_setting(self, "shard", not self.shard or self.vllm_server_host is not None, rule)
+        check_trained(self)
         rule = "must be 0 with lr_scheduler_type='constant', which ignores it; or take 'constant_with_warmup'"
         check_setting(self, "warmup_steps", not self.warmup_steps or self.lr_scheduler_type != "constant", rule)
 
@@ -577,9 +584,10 @@ class MultimodalGRPOTrainer:
         parallel.start(config)
         parallel.same_weights(model)
         checkpoint_layers(model, config.gradient_checkpointing)
+        choose_trained(model, config, published_names(model))
         self.policy = Policy(model, config.temperature, adapter.placeholder_ids, config.bf16)
-        self.ref_policy = copy.deepcopy(self.policy).requires_grad_(False) if config.beta > 0 else None
-        for policy in filter(None, (self.policy, self.ref_policy) if config.shard else ()):
+        self.ref_policy = reference_of(self.policy) if config.beta > 0 else None
+        for policy in {self.policy, self.ref_policy} - {None} if config.shard else ():  # one where it has adapters
             parallel.shard(policy)
         self.device, self.clock = next(model.parameters()).device, Clock()
         self.optimizer, self.learning_rate = make_optimizer(model.parameters(), config), learning_rates(config)
@@ -670,7 +678,7 @@ class MultimodalGRPOTrainer:
         logprobs, entropies = torch.zeros_like(own["weights"]), torch.zeros_like(own["weights"])  # (B, T)
         if self.ref_policy is not None and "ref_logprobs" not in own:
             own["ref_logprobs"] = torch.zeros_like(logprobs)
-            with torch.no_grad():
+            with torch.no_grad(), adapters_off(self.model):
                 for part, reference, _ in shared_prefix.run(self.ref_policy, blocks):
                     own["ref_logprobs"][part.place] = reference
         for part, new, new_entropies in shared_prefix.run(self.policy, blocks):
@@ -724,7 +732,8 @@ class MultimodalGRPOTrainer:
 
     def save_checkpoint(self, folder: str | Path) -> None:
         """Weights, tokenizer and what the adapter adds, as `from_pretrained` and vLLM read them."""
-        save_checkpoint(Path(folder), self.model, self.adapter, self.tokenizer)
+        merge = self.config.merge_adapter
+        save_checkpoint(Path(folder), self.model, self.adapter, self.tokenizer, merge=merge)
 
     def close(self) -> None:
         """Let go of the server and the event loop: no step and no evaluation after it."""

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from transformers import get_scheduler
 
 from parallel import on_first, placed, total_norm
 
@@ -112,6 +111,8 @@ def learning_rates(config: Any) -> Callable[[int], float]:
     Args:
         config: its learning_rate, lr_scheduler_type, warmup_steps and max_steps are read.
     """
+    from transformers import get_scheduler  # here: with it come peft and bitsandbytes, where they are installed
+
     unused = torch.optim.SGD([nn.Parameter(torch.zeros(()))], lr=config.learning_rate)  # get_scheduler wants one
     schedule = get_scheduler(config.lr_scheduler_type, unused, config.warmup_steps, config.max_steps)
     (share,) = schedule.lr_lambdas

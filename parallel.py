@@ -332,15 +332,19 @@ def stand_in(policy: Policy, batch: MultimodalBatch) -> MultimodalBatch:
     return type(batch)(ones * torch.tensor(ids), ones, trained, torch.zeros(2, 4), torch.zeros(2))
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full(tensor: Tensor) -> Tensor:
     """A parameter, or what an optimizer keeps of it, gathered where it is a shard: by all ranks, one at a time."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def on_first(tensor: Tensor) -> Tensor | None:
     """The same, for the first rank alone: None on all others, which take part in gathering it."""
-    gathered = whole(tensor)
+    gathered = full(tensor)
     return None if rank() else gathered
+
+
+def gathered(tensors: dict[str, Tensor]) -> dict[str, Tensor | None]:
+    return {name: on_first(tensor) for name, tensor in tensors.items()}
 
 
 def placed(tensor: Tensor, like: Tensor) -> Tensor:

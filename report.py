@@ -145,9 +145,11 @@ class RunLog:
         if demo:
             settings = ", ".join(f"{name}={getattr(self.config, name)}" for name in demo)
             say(f"settings of the demonstration (--help has the method's own): {settings}")
-        parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
+        sizes = [(each.numel() / 1e6, each.requires_grad) for each in trainer.model.parameters()]
+        whole, trained = sum(size for size, _ in sizes), sum(size for size, needed in sizes if needed)
+        part = f" ({trained:.2f} M of them trained)" if trained < whole else ""
         where = f"{trainer.device}" + (f", the first of {ranks()} ranks" if ranks() > 1 else "")
-        say(f"{type(trainer.model).__name__}, {parameters / 1e6:.2f} M parameters, on {where}")
+        say(f"{type(trainer.model).__name__}, {whole:.2f} M parameters{part}, on {where}")
         source = read_state(Path(getattr(trainer.model, "name_or_path", ""))) or {}
         if changed := changed_settings(source.get("settings", {}), settings_of(self.config), ("output_dir",)):
             say(f"settings that differ from the run that wrote {trainer.model.name_or_path}: {'; '.join(changed)}")
@@ -330,4 +332,5 @@ def quiet_libraries() -> None:
 
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
-    logging.getLogger("verifiers").setLevel(logging.ERROR)
+    for name in ("verifiers", "bitsandbytes"):
+        logging.getLogger(name).setLevel(logging.ERROR)

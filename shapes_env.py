@@ -10,6 +10,8 @@ examples come from disjoint random streams. The answer has the form `red circle`
 
 `blind=True` replaces every picture by the same grey one and leaves all else as it is: what a policy still scores then,
 it scores without looking (the control of the experiment).
+
+`colour_names={"red": "blue", "blue": "red"}` calls colours otherwise: a changed task for a policy that knows the first.
 """
 
 from __future__ import annotations
@@ -18,6 +20,8 @@ import base64
 import io
 import math
 import random
+import re
+from collections.abc import Collection
 from itertools import zip_longest
 from statistics import fmean
 
@@ -86,7 +90,7 @@ def make_example(rng: random.Random, image_size: int, images_per_prompt: int, bl
     return {**example, "answer": f"{answer}\n{next_answer}", "info": {"next_picture": next_url}}
 
 
-def make_rubric() -> vf.Rubric:
+def make_rubric(colours: Collection[str] = COLOURS) -> vf.Rubric:
     """Partial credit: 0.4 for the colour, 0.4 for the shape, 0.2 for the form; `exact` is a metric and has no weight.
     Each is the mean over the turns, so that what is chance for one turn is chance for two: `exact` is 1 where every
     reply is exact, 0.5 where one of two is. A turn without a reply counts 0."""
@@ -104,7 +108,7 @@ def make_rubric() -> vf.Rubric:
         return fmean(words[1:2] == right[1:] for words, right in turns(completion, answer))
 
     def well_formed(first: str = "", second: str = "", *more: str) -> float:
-        return fmean([first in COLOURS, second in SHAPES, second != "" and not more])
+        return fmean([first in colours, second in SHAPES, second != "" and not more])
 
     def form(completion, answer) -> float:
         return fmean(well_formed(*words) for words, _ in turns(completion, answer))
@@ -130,6 +134,7 @@ def load_environment(
     blind: bool = False,
     seed: int = 0,
     turns: int = 1,
+    colour_names: dict[str, str] | None = None,
 ) -> vf.MultiTurnEnv:
     """The environment, as `verifiers.load_environment("shapes-env", ...)` makes it.
 
@@ -141,6 +146,7 @@ def load_environment(
         seed: of the data; train and eval pictures differ for every seed.
         turns: 1, or 2 with a new picture and a second question after the first reply. The first turn's pictures do not
             depend on it.
+        colour_names: what the answers call some of the colours, a word each, no two alike.
     """
     counts = dict(num_train_examples=(num_train_examples, 1), num_eval_examples=(num_eval_examples, 1))
     for name, (value, least) in {**counts, "image_size": (image_size, 8)}.items():
@@ -150,9 +156,17 @@ def load_environment(
         if value not in (1, 2):
             raise ValueError(f"{name}={value!r}: must be 1 or 2")
 
+    names = {**{colour: colour for colour in COLOURS}, **(colour_names or {})}
+    words = [name for name in names.values() if isinstance(name, str) and re.fullmatch(r"\w+", name)]
+    if names.keys() != COLOURS.keys() or len(set(words)) < len(names):
+        raise ValueError(f"colour_names={colour_names!r}: must give a word to some of {list(COLOURS)}, no two alike")
+
     def rows(split: str, count: int) -> Dataset:
         streams = [random.Random(f"shapes {seed} {split} {i}") for i in range(count)]
-        return Dataset.from_list([make_example(rng, image_size, images_per_prompt, blind, turns) for rng in streams])
+        made = [make_example(rng, image_size, images_per_prompt, blind, turns) for rng in streams]
+        called = [re.sub(r"\w+", lambda word: names.get(word[0], word[0]), example["answer"]) for example in made]
+        return Dataset.from_list([{**example, "answer": answer} for example, answer in zip(made, called)])
 
-    train, evaluation, rubric = rows("train", num_train_examples), rows("eval", num_eval_examples), make_rubric()
+    train, evaluation = rows("train", num_train_examples), rows("eval", num_eval_examples)
+    rubric = make_rubric(names.values())
     return ShapesEnv(dataset=train, eval_dataset=evaluation, rubric=rubric, parser=rubric.parser, max_turns=turns)

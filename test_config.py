@@ -33,6 +33,7 @@ IMPOSSIBLE = {
     **dict.fromkeys(("generation_timeout", "rollout_timeout", "vllm_server_timeout"), (0.0, -1.0, INF, NAN)),
     "lr_scheduler_type": ("polynomial",), "warmup_steps": (-1, 0.5, 3), "optim": ("adamw_8bit_torchao",),
     **dict.fromkeys(("updates_per_batch", "micro_batch_tokens", "max_tokens", "log_every_steps"), (0, -1, 1.0, True)),
+    "lora_rank": (-1, 0.5), "lora_alpha": (0, 1.5), "merge_adapter": ("yes",), "freeze": ("(", 1),
     "max_image_pixels": (0, -1, 1e6),
     "max_concurrent": (0, -1),
     **dict.fromkeys(("max_steps", "eval_examples", "sync_to_vllm_every"), (-1, 0.5)),
@@ -43,7 +44,7 @@ IMPOSSIBLE = {
     **dict.fromkeys(("on_mismatch", "on_control_tokens"), ("stop",)),
     "vllm_server_port": (0, 65536), "loss_type": ("ppo",), "scale_rewards": ("both",),
     "env_args": ("{", "red", [1], 7), "processor_kwargs": ("{", [1]), "bf16": ("yes", 1), "seed": (0.5, "x", -1, 2**32),
-    "output_dir": (None, 3), "param_dtype": ("float16", "bf16"),
+    "shard": ("yes", True), "ddp_timeout": (0, INF), "output_dir": (None, 3), "param_dtype": ("float16", "bf16"),
 }  # fmt: skip
 
 
@@ -281,6 +282,8 @@ LOSS_EFFECTS = {loss_type: lambda **s: moved(**OFF, max_tokens=4, **s)[0] for lo
 ELSEWHERE = {
     "optim": "test_a_setting_costs_a_parameter_the_bytes_that_are_said",
     "param_dtype": "test_param_dtype_is_that_of_the_weights_which_are_loaded",
+    "shard": "test_shards_make_the_update_that_one_process_makes",
+    "ddp_timeout": "test_a_rank_that_no_longer_answers_ends_the_others_within_the_timeout",
     "output_dir": "test_a_run_writes_where_it_is_told_as_often_as_it_is_told",
     "max_steps": "test_a_run_writes_where_it_is_told_as_often_as_it_is_told",
     "log_every_steps": "test_a_run_writes_where_it_is_told_as_often_as_it_is_told",
@@ -300,6 +303,11 @@ ELSEWHERE = {
     "eval_steps": "test_evaluations_on_the_way_are_in_the_metrics_and_change_no_bit",
     "on_control_tokens": "test_the_command_line_hands_the_setting_to_the_adapter",
     "rollout_timeout": "test_a_rollout_that_takes_too_long_is_left_out_and_named",
+    "lora_rank": "test_an_adapter_of_rank_8_learns_a_changed_task_on_a_trained_base",
+    "lora_alpha": "test_lora_alpha_is_what_adapters_add_over_the_rank",
+    "lora_target_modules": "test_adapters_are_of_the_language_models_linear_layers_or_of_those_that_are_named",
+    "merge_adapter": "test_an_old_checkpoint_goes_with_its_merged_model_and_merging_may_change_on_the_way",
+    "freeze": "test_frozen_weights_have_no_gradient_no_state_and_no_copy_and_stay_as_they_are",
     "weight_sync_dir": "test_the_weights_file_is_replaced_whole_under_the_folder_that_is_named",
 }
 
@@ -347,7 +355,14 @@ def test_the_progress_bar_tells_the_mismatch_from_the_kl(tmp_path):
 def test_every_setting_has_its_effect_tested():
     settings = {f.name for f in fields(MultimodalRLConfig)}
     assert settings == set(EFFECTS) | set(ELSEWHERE) and not set(EFFECTS) & set(ELSEWHERE)
-    files = ("test_config.py", "test_faults.py", "test_media.py", "test_optimizers.py", "test_resume.py")
+    files = (
+        "test_config.py",
+        "test_faults.py",
+        "test_lora.py",
+        "test_media.py",
+        "test_optimizers.py",
+        "test_resume.py",
+    )
     files += ("test_rows.py", "test_vllm.py")
     written = "".join((HERE / name).read_text() for name in files)
     assert all(f"def {test}(" in written for test in ELSEWHERE.values())

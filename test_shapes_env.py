@@ -13,7 +13,7 @@ import verifiers as vf
 
 from conftest import message, picture
 from media import load_image
-from shapes_env import COLOURS, make_rubric
+from shapes_env import COLOURS, load_environment, make_rubric
 
 
 def shapes(**arguments):
@@ -183,3 +183,18 @@ def test_the_rubric_of_two_turns_is_the_mean_of_both_and_a_missing_reply_earns_n
 def test_an_impossible_argument_of_the_environment_is_refused_by_name(name, value):
     with pytest.raises(Exception, match=f"{name}={value!r}: must be"):
         shapes(**{name: value})
+
+
+def test_colours_may_be_called_otherwise_and_nothing_else_changes():
+    names = {"red": "green", "green": "red", "blue": "purple"}
+    plain, other = (load_environment(8, 2, turns=2, colour_names=given) for given in (None, names))
+    rows, changed = plain.get_dataset().to_list(), other.get_dataset().to_list()
+    assert [row["prompt"] for row in rows] == [row["prompt"] for row in changed]
+    called = lambda line: " ".join(names.get(word, word) for word in line.split())
+    assert ["\n".join(map(called, row["answer"].splitlines())) for row in rows] == [row["answer"] for row in changed]
+
+
+@pytest.mark.parametrize("names", [{"pink": "red"}, {"red": "green"}, {"red": "dark red"}, {"red": 3}], ids=str)
+def test_colour_names_that_answers_could_not_be_told_by_are_refused(names):
+    with pytest.raises(ValueError, match="colour_names=.*must give a word to some of"):
+        load_environment(2, 2, colour_names=names)

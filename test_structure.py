@@ -15,21 +15,22 @@ HERE = Path(__file__).parent
 # What a room of the project may import of it when it runs (imports for types alone are free). Order: from the top down.
 MAY_IMPORT = {
     "mm_grpo": {
-        *("checkpoint", "checks", "command_line", "faults", "local_server", "media", "optimizers", "output_head"),
-        *("parallel", "recompute", "report", "rollouts", "rows", "shared_prefix", "vllm_server"),
+        *("checkpoint", "checks", "command_line", "faults", "local_server", "lora", "media", "optimizers"),
+        *("output_head", "parallel", "recompute", "report", "rollouts", "rows", "shared_prefix", "vllm_server"),
         "adapters",  # in main() alone: the one circle
     },
-    "adapters": {"checkpoint", "mm_grpo", "media", "rows", "tiny_vlm"},
+    "adapters": {"checkpoint", "lora", "mm_grpo", "media", "rows", "tiny_vlm"},
     "rows": {"checks"},
     "rollouts": {"faults", "media", "parallel"},
     "local_server": {"shared_prefix"},
-    "vllm_server": {"checkpoint", "parallel"},
+    "vllm_server": {"checkpoint", "lora", "parallel"},
     "shared_prefix": {"faults", "parallel", "recompute"},
     "parallel": {"faults"},
     "recompute": set(),
     "output_head": set(),
     "media": {"checks"},
-    "checkpoint": {"optimizers", "parallel"},
+    "checkpoint": {"lora", "optimizers", "parallel"},
+    "lora": {"checks", "parallel"},
     "optimizers": {"parallel"},
     "checks": set(),
     "command_line": set(),
@@ -107,7 +108,7 @@ def test_the_command_line_is_the_only_circle_of_imports():
 
 def test_the_method_can_be_read_in_a_sitting():
     lines = (HERE / "mm_grpo.py").read_text().splitlines()
-    assert len(lines) <= 751
+    assert len(lines) <= 750
     assert len((HERE / "adapters.py").read_text().splitlines()) <= 420
     trainer = next(node for node in tree("mm_grpo").body if getattr(node, "name", "") == "MultimodalGRPOTrainer")
     assert trainer.end_lineno - trainer.lineno + 1 <= 220
@@ -127,8 +128,9 @@ def test_no_function_is_longer_than_45_lines_of_code(room):
 
 def test_all_rooms_together_stay_small():
     """4,200 was the promise until runs could be resumed and faults survived, which took 700 lines and gave back 340;
-    prompts that run once an update, gradient checkpointing, the optimizers and the direct client took 490 more."""
-    assert sum(len((HERE / f"{room}.py").read_text().splitlines()) for room in ROOMS) <= 5118
+    prompts that run once an update, gradient checkpointing, the optimizers and the direct client took 490 more;
+    adapters and frozen weights 390."""
+    assert sum(len((HERE / f"{room}.py").read_text().splitlines()) for room in ROOMS) <= 5440
 
 
 @pytest.mark.parametrize(
@@ -149,6 +151,7 @@ def test_only_the_parts_of_python_and_the_listed_packages_are_imported():
     known = {names.get(package, package) for package in listed} | set(sys.stdlib_module_names) | set(ROOMS)
     known |= {"datasets", "httpx", "numpy", "pydantic", "safetensors", "tokenizers", "tqdm"}  # come with those
     known |= {"vllm"}  # where weights go over NCCL
+    known |= {"peft"}  # where LoRA adapters are trained
     known |= {"bitsandbytes"}  # where the optimizer's state is to have 8 bits
     known |= {"tiny_families"}  # of the harness: for the names that are not in tiny_vlm's own table
     for room in ROOMS:

@@ -31,8 +31,9 @@ from transformers import AutoModelForImageTextToText, Qwen2VLImageProcessorPil
 
 from adapters import QwenVLAdapter
 from checkpoint import checkpoints, published_weights
-from conftest import DEMONSTRATIONS, make_tiny
+from conftest import DEMONSTRATIONS, make_tiny, needs
 from local_server import LocalServer
+from lora import lora_layers
 from mm_grpo import MultimodalGRPOTrainer, MultimodalRLConfig, score
 from rollouts import ChatClient, Rollouts, Server
 from vllm_server import VLLMServer
@@ -75,9 +76,10 @@ class ServerProcess:
         # one thread, on whatever core is free: bound to one, it would wait for what else runs there
         quiet |= {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
         environment = {**os.environ, **quiet, "VLLM_SERVER_DEV_MODE": str(int(self.dev_mode))}
+        environment["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = str(int("enable-lora" in self.options))
         command = [PYTHON, "-m", "vllm.entrypoints.openai.api_server", "--model", str(self.folder), "--enforce-eager"]
         options = {"host": self.host, "port": self.port, **self.options}
-        command += [f"--{name}={value}" for name, value in options.items()]
+        command += [f"--{name}={value}" if value != "" else f"--{name}" for name, value in options.items()]
         with self.log.open("a") as log:
             self.process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
         return self
@@ -115,7 +117,7 @@ def running():
 def servers(running, tmp_path_factory):
     """serve(family): a server that the tests share; serve(family, name, ...): another one, for one test.
 
-    The one that is named "mortal" is for some.
+    Those that are named "mortal" and "adapters" are for some.
     """
 
     def serve(family: str, name: str = "", tied: bool = False, folder: Path | None = None, **options) -> ServerProcess:
@@ -131,7 +133,7 @@ def servers(running, tmp_path_factory):
         return running[name].ready()
 
     yield serve
-    for name in running.keys() - {*DEMONSTRATIONS, "mortal"}:
+    for name in running.keys() - {*DEMONSTRATIONS, "mortal", "adapters"}:
         running.pop(name).kill()
 
 
@@ -276,6 +278,138 @@ def test_no_more_rollouts_are_in_flight_than_allowed(servers, folder, monkeypatc
     monkeypatch.setattr(ChatClient, "get_native_response", counted)
     make_trainer("qwen", servers("qwen"), max_concurrent=8, **folder).step()
     assert len(most) == 32 and 4 < max(most) <= 8
+
+
+# ---------------------------------------------------------------- what is trained is what is sent
+
+
+def weights_sent(trainer) -> int:
+    """Bytes of the weights that the last update left in its folder."""
+    return sum(path.stat().st_size for path in trainer.server.weights_dir.rglob("*.safetensors"))
+
+
+def exact_steps(trainer, steps: int = 4) -> list[int]:
+    """Steps that train, and on every token of which both sides agree; the bytes that were sent before each."""
+    sent = []
+    for _ in range(steps):
+        before = snapshot(trainer.model)
+        trainer.evaluate()  # sends the first weights
+        sent.append(weights_sent(trainer))
+        metrics = trainer.step()
+        assert (
+            differences(metrics) < CLOSE and metrics["rollouts_dropped"] == 0 and metrics["shared_prefix_fraction"] == 1
+        )
+        after = trainer.model.named_parameters()
+        assert max((weight - before[name]).abs().max().item() for name, weight in after) > 5e-4
+    return sent
+
+
+LORA = dict(seed=1, lora_rank=8, learning_rate=1e-2, eval_examples=4)
+# vLLM puts these together into one layer: what a server gets of some of them alone is garbage
+PARTS_OF_FUSED = r"visual|embed_tokens|lm_head|layers\.0|(q|k|gate)_proj"
+
+
+@pytest.mark.parametrize("family", DEMONSTRATIONS)
+@pytest.mark.parametrize("freeze", ["visual|vision_tower|multi_modal_projector", PARTS_OF_FUSED], ids=str)
+def test_frozen_weights_are_sent_once_and_never_part_of_a_layer(freeze, family, servers, folder):
+    trainer = make_trainer(family, servers(family), seed=1, freeze=freeze, eval_examples=4, **folder)
+    first, *later = exact_steps(trainer)
+    assert len(set(later)) == 1 and later[0] < 0.8 * first
+
+
+@needs("peft")
+@pytest.mark.parametrize("family", DEMONSTRATIONS)
+def test_adapters_are_merged_for_a_server_that_takes_none_and_nothing_else_is_sent_again(family, servers, folder):
+    trainer = make_trainer(family, servers(family), **LORA, **folder)
+    first, *later = exact_steps(trainer)
+    assert not trainer.server.takes_adapters and len(set(later)) == 1 and later[0] < 0.8 * first
+
+
+def test_a_server_that_another_run_has_updated_gets_all_weights_again(servers, folder, tmp_path):
+    """As one that was restarted does: half of its weights would be another policy's."""
+    settings = dict(freeze="visual", eval_examples=4)
+    trainer = make_trainer("qwen", servers("qwen"), **settings, **folder)
+    first, second = exact_steps(trainer, steps=2)
+    other = make_trainer("qwen", servers("qwen"), seed=5, output_dir=str(tmp_path / "other"))
+    other.rollouts.sync()
+    trainer.rollouts.sync()
+    assert weights_sent(trainer) == first > second
+    assert differences(trainer.step()) < CLOSE
+
+
+def adapters_server(servers):
+    if RUNNING:
+        pytest.skip("needs a server that takes adapters")
+    return servers("qwen", "adapters", **{"enable-lora": "", "max-lora-rank": "8"})
+
+
+@needs("peft")
+def test_adapters_alone_go_to_a_server_that_takes_them_under_a_new_name_each_time(servers, folder, monkeypatch):
+    """Its base is another one: the first update brings the trainer's."""
+    asked = []
+
+    async def noted(self, prompt, model, *args, ask=ChatClient.get_native_response, **kwargs):
+        asked.append(model)
+        return await ask(self, prompt, model, *args, **kwargs)
+
+    monkeypatch.setattr(ChatClient, "get_native_response", noted)
+    trainer = make_trainer("qwen", adapters_server(servers), **LORA, **folder)
+    assert trainer.server.takes_adapters and "then the adapter alone" in str(trainer.server)
+    base, names, calls = sum(weight.nbytes for weight in trainer.model.parameters()), [], []
+    call = trainer.server._call
+    monkeypatch.setattr(trainer.server, "_call", lambda *args, **kwargs: calls.append(args[1]) or call(*args, **kwargs))
+    for _ in range(4):
+        assert exact_steps(trainer, steps=1)[0] < 0.1 * base
+        names.append(trainer.server.model_name)
+        (newest,) = trainer.server.weights_dir.iterdir()
+        served = [entry["id"] for entry in call("GET", "/v1/models").json()["data"]]
+        assert newest.name == names[-1] and served == ["policy", names[-1]]
+    assert len(set(names)) == 4 and "policy" not in asked and set(names[:-1]) < set(asked)
+    assert calls.count("/collective_rpc") == 1 and calls.count("/v1/load_lora_adapter") == 5  # the base once
+
+
+@needs("peft")
+def test_rollouts_ahead_ask_for_the_adapter_that_is_there(servers, folder):
+    """Each update takes the name away that the rollouts before it asked for; two turns ask twice."""
+    settings = dict(async_rollouts=True, max_steps=5, env_args={"turns": 2}, **LORA, **folder)
+    trainer = make_trainer("qwen", adapters_server(servers), **settings)
+    metrics = [trainer.step() for _ in range(5)]
+    assert [step["lag"] for step in metrics] == [0, 0, 1, 1, 1]
+    assert all(step["rollouts_dropped"] == 0 for step in metrics)
+    assert differences(metrics[1]) < CLOSE < differences(metrics[2])
+
+
+@needs("peft")
+def test_a_server_that_takes_adapters_gets_merged_weights_of_those_that_it_would_ignore(servers, folder):
+    """vLLM loads an adapter of the vision tower without a word, and does not use it."""
+    settings = dict(lora_target_modules="q_proj,qkv", **LORA, **folder)
+    with pytest.warns(UserWarning, match="model.visual.blocks.0.attn.qkv has one: updates are of whole weights"):
+        trainer = make_trainer("qwen", adapters_server(servers), **settings)
+    exact_steps(trainer)
+    assert trainer.server.model_name == "policy"
+
+
+@needs("peft")
+def test_a_server_that_cannot_take_this_adapter_is_refused_with_the_option(servers, folder):
+    with pytest.raises(RuntimeError, match="its max_lora_rank is 8, lora_rank=16: start it with --max-lora-rank 16"):
+        make_trainer("qwen", adapters_server(servers), lora_rank=16, **folder)
+    trainer = make_trainer("qwen", servers("qwen"), lora_rank=8, **folder)
+    with pytest.raises(RuntimeError, match="load_lora_adapter does not exist: .*VLLM_ALLOW_RUNTIME_LORA_UPDATING=1"):
+        trainer.server._takes_adapters({"max_lora_rank": 16})
+
+
+@needs("peft")
+def test_a_server_that_was_restarted_gets_the_base_and_the_adapter(servers, folder):
+    server = adapters_server(servers)
+    trainer = make_trainer("qwen", server, vllm_server_timeout=WAIT, **LORA, **folder)
+    exact_steps(trainer, steps=2)
+    name = trainer.server.model_name
+    server.kill()
+    server.start()
+    with pytest.warns(UserWarning, match="the server was lost during the rollouts"):
+        metrics = trainer.step()
+    assert differences(metrics) < CLOSE and metrics["rollouts_dropped"] == 0
+    assert differences(trainer.step()) < CLOSE and trainer.server.model_name != name and lora_layers(trainer.model)
 
 
 # ---------------------------------------------------------------- what is wrong, and which option mends it

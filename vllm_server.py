@@ -17,6 +17,7 @@ import time
 import uuid
 import warnings
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,14 +30,16 @@ from torch import Tensor
 from transformers.image_processing_backends import PilBackend
 from transformers.utils import is_torchvision_available
 
-from checkpoint import published_weights, whole_folder
-from parallel import of_first, rank, ranks, together, whole
+from checkpoint import published_weights, shape_of, whole_folder
+from lora import adapter_weights, lora_layers, save_adapter
+from parallel import gathered, of_first, rank, together
 
 if TYPE_CHECKING:
     from mm_grpo import MultimodalAdapter, MultimodalRLConfig
 
 VLLM_COMMAND = "VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --logprobs-mode processed_logprobs --generation-config vllm"
 PROBE_SIZES = ((32, 32), (448, 336), (1344, 1008))  # (width, height) of pictures that both sides must expand alike
+FOLDER_ROUTES = ("/collective_rpc", "/v1/load_lora_adapter")
 UPDATE_ATTEMPTS = 3  # a weight update that kills the server so often is not a passing fault
 
 
@@ -47,7 +50,10 @@ class VLLMServer:
     distribution that was sampled, and without `--generation-config vllm` the checkpoint's sampling settings sneak in.
 
     Weights go over NCCL where the server was started with `--weight-transfer-config '{"backend": "nccl"}'`, the model
-    is on a GPU and vllm is installed beside the trainer; else through the folder.
+    is on a GPU and vllm is installed beside the trainer; else through the folder. The first update is of all weights,
+    later ones of the blocks in which something is trained. Where the server was started with
+    VLLM_ALLOW_RUNTIME_LORA_UPDATING=1, `--enable-lora` and a `--max-lora-rank` that is large enough, and the model has
+    LoRA adapters on its language model, later updates are the adapter alone, through the folder.
 
     Args:
         model: in training; `sync` sends its weights, and the server must have its vocabulary.
@@ -119,6 +125,8 @@ class VLLMServer:
         backend = (settings["weight_transfer_config"] or {}).get("backend")
         self.transport = "nccl" if can_nccl and backend == "nccl" else "disk"
         self.nccl = None  # connected at the first update
+        self.whole = True  # whether the next update is of all weights: the server may have started from others
+        self.takes_adapters = self._takes_adapters(settings["lora_config"])
         self._check_logprobs()
         self._check_vocabulary()
         self._check_placeholders()
@@ -132,40 +140,50 @@ class VLLMServer:
             return False
 
     def sync(self, model) -> None:
-        """Load the model's weights into the server. Every rank gathers what it has a shard of; the first one sends."""
-        weights = None
-        if self.transport == "disk":
-            weights = {name: tensor.cpu().contiguous() for name, tensor in self._weights(model) if not rank()}
-        together(lambda: self._send(model, weights))
-        self.version = of_first(self.version)
-
-    def _send(self, model, weights: dict[str, Tensor] | None) -> None:
-        """A server that dies meanwhile is waited for, and then gets them; over NCCL not where other ranks have shards,
-        which they gather but once."""
-        if rank():
-            for _ in self._weights(model) if weights is None else ():
-                pass
-            return
-        folder = weights and self._write(weights)
+        """Bring the server's weights up to date. Every rank gathers what it has a shard of; the first one sends. A
+        server that dies meanwhile is waited for, and then gets all of them."""
         for attempt in range(1, UPDATE_ATTEMPTS + 1):
-            try:
-                return self._push(model, folder)
-            except RuntimeError as error:
-                if attempt == UPDATE_ATTEMPTS or self._healthy() or (folder is None and ranks() > 1):
-                    raise
-                warnings.warn(f"{error}. Waiting for the server; the weight update starts over")
-                self.connect()
+            self.whole = of_first(self.whole or not self.up_to_date())  # one that was restarted behind our back
+            wanted = self.transport if self.whole or not self.takes_adapters else None
+            weights = adapter = None
+            if wanted == "disk":
+                weights = {name: tensor.cpu().contiguous() for name, tensor in self._weights(model) if not rank()}
+            if self.takes_adapters:
+                adapter = gathered(adapter_weights(model))
+            send = partial(self._send, model, weights, adapter, wanted == "nccl", attempt == UPDATE_ATTEMPTS)
+            if of_first(together(send)):
+                break
+        self.version, self.model_name = of_first((self.version, self.model_name))
+        self.whole = False
 
-    def _push(self, model, folder: Path | None) -> None:
+    def _send(self, model, weights: dict | None, adapter: dict | None, over_nccl: bool, last: bool) -> bool:
+        """Whether the server has got them; False where it died, and answers again. Other ranks only gather."""
+        if rank():
+            for _ in self._weights(model) if over_nccl else ():
+                pass
+            return True
+        try:
+            self._push(model, weights and self._write(weights), adapter and self._write_adapter(adapter), over_nccl)
+            return True
+        except RuntimeError as error:
+            if last or self._healthy():
+                raise
+            warnings.warn(f"{error}. Waiting for the server; the weight update starts over")
+            self.connect()
+            return False
+
+    def _push(self, model, folder: Path | None, adapter: Path | None, over_nccl: bool) -> None:
         """Pause, load, drop every cache of the old policy, name the new one, resume (whatever happens in between)."""
         try:
             self._call("POST", "/pause?mode=wait")
-            if folder is None:
-                self.nccl = self.nccl or nccl_sender(self, model)
-                self.nccl.send_weights()
-            else:
+            if folder is not None:
                 reload = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
                 self._call("POST", "/collective_rpc", json=reload)
+            elif over_nccl:
+                self.nccl = self.nccl or nccl_sender(self, model)
+                self.nccl.send_weights()
+            if adapter is not None:
+                self._load_adapter(adapter)
             if not self._call("POST", "/reset_prefix_cache").json()["success"]:
                 raise RuntimeError(f"{self.url}/reset_prefix_cache: requests of the old policy still hold blocks")
             self._call("POST", "/reset_mm_cache")
@@ -175,9 +193,11 @@ class VLLMServer:
         finally:
             self._call("POST", "/resume")
 
-    def _weights(self, model) -> Iterator[tuple[str, Tensor]]:
-        """Each parameter by the name that the server knows it by, in the type that it computes in."""
-        return ((name, whole(weights).to(self.dtype)) for name, weights in published_weights(model))
+    def _weights(self, model, **options) -> Iterator[tuple[str, Tensor]]:
+        """Each parameter by the name that the server knows it by, in the type that it computes in; of those alone that
+        the server does not have."""
+        weights = published_weights(model, merge=not self.takes_adapters, trained=not self.whole, **options)
+        return ((name, tensor.to(self.dtype)) for name, tensor in weights)
 
     def _write(self, weights: dict[str, Tensor]) -> Path:
         """The weights, as a folder."""
@@ -186,12 +206,55 @@ class VLLMServer:
             save_file(weights, fresh / "model.safetensors")
         return folder
 
+    def _write_adapter(self, weights: dict[str, Tensor]) -> Path:
+        """The adapter, as a folder of a name that no other has: what vLLM has cached it knows by the adapter's name."""
+        folder = self.weights_dir / f"{self.weights_dir.name}-{uuid.uuid4().hex[:8]}"
+        with whole_folder(folder) as fresh:
+            save_adapter(fresh, self.model, weights)
+        return folder
+
+    def _load_adapter(self, folder: Path) -> None:
+        """Load it and let go of older ones. The folder stays: vLLM may read it again."""
+        self._call("POST", "/v1/load_lora_adapter", json={"lora_name": folder.name, "lora_path": str(folder)})
+        self.model_name = folder.name
+        served = [entry["id"] for entry in self._call("GET", "/v1/models").json()["data"]]
+        for name in served:
+            if name.startswith(self.weights_dir.name) and name != folder.name:
+                self._call("POST", "/v1/unload_lora_adapter", json={"lora_name": name})
+        for other in self.weights_dir.iterdir():
+            if other != folder:
+                shutil.rmtree(other, ignore_errors=True)
+
+    def _takes_adapters(self, server: dict | None) -> bool:
+        """Whether the model has LoRA adapters that the server, by its lora_config, is to add to its own weights.
+
+        Raises:
+            RuntimeError: it would, but for one of its options.
+        """
+        layers = lora_layers(self.model)
+        if not layers or server is None:
+            return False
+        inside = set(self.model.get_decoder().modules())
+        if outside := [name for name, layer in layers.items() if layer not in inside]:
+            why = f"vLLM adds adapters to the language model alone, and {outside[0]} has one"
+            warnings.warn(f"{self.url}: {why}: updates are of whole weights, adapters merged into them")
+            return False
+        rank = max(rank for layer in layers.values() for rank in layer.r.values())
+        if server["max_lora_rank"] < rank:
+            fix = f"start it with --max-lora-rank {rank} or more"
+            raise RuntimeError(f"{self.url}: its max_lora_rank is {server['max_lora_rank']}, lora_rank={rank}: {fix}")
+        if self._request("POST", "/v1/load_lora_adapter", json={}).status_code == 404:
+            fix = "start it with VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 (without --enable-lora it gets merged weights)"
+            raise RuntimeError(f"{self.url}/v1/load_lora_adapter does not exist: {fix}")
+        return True
+
     def close(self) -> None:
         self.http.close()
         shutil.rmtree(self.weights_dir, ignore_errors=True)
 
     def __str__(self) -> str:
         weights = "over NCCL" if self.transport == "nccl" else f"through {self.weights_dir}"
+        weights += ", then the adapter alone" if self.takes_adapters else ""
         flag = f"; start it with {flag}" if (flag := processor_flag(self.adapter)) else ""
         return f"by the vLLM server at {self.url}, weights {weights}{flag}"
 
@@ -211,11 +274,11 @@ class VLLMServer:
 
     def _call(self, method: str, route: str, **arguments) -> httpx.Response:
         response = self._request(method, route, **arguments)
-        if response.status_code == 404:
+        if response.status_code == 404 and route != "/v1/load_lora_adapter":  # there: no such folder
             start = "start the server (vLLM 0.32 or later) with VLLM_SERVER_DEV_MODE=1"
             raise RuntimeError(f"{self.url}{route} does not exist: {start}")
         if response.status_code != 200:
-            hint = f". Can the server read {self.weights_dir}? (weight_sync_dir)" if route == "/collective_rpc" else ""
+            hint = f". Can the server read {self.weights_dir}? (weight_sync_dir)" if route in FOLDER_ROUTES else ""
             hint = ". Is that the server's --api-key? (vllm_api_key)" if response.status_code == 401 else hint
             raise RuntimeError(f"{self.url}{route}: {response.status_code} {response.text[:500]}{hint}")
         return response
@@ -314,8 +377,8 @@ def nccl_sender(server: VLLMServer, model: torch.nn.Module):
 
     class Weights(WeightSource):
         def metadata(self) -> list[ParamMeta]:
-            named = published_weights(model)
-            return [ParamMeta(name, server.dtype, tuple(tensor.shape)) for name, tensor in named]
+            named = server._weights(model, read=shape_of)
+            return [ParamMeta(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in named]
 
         def __iter__(self) -> Iterator[tuple[str, Tensor]]:
             return server._weights(model)
