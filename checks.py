@@ -72,6 +72,32 @@ def expect_media(media: dict[str, Any], media_spans: dict[str, Any], B: int) -> 
             expect(name, inside.all(), f"0 <= start <= stop <= {rows} rows of the tensor", spans.tolist())
 
 
+def check_config(config: Any) -> None:
+    """Each field of a `MultimodalRLConfig` must be what its annotation says, and the fields must fit each other. Those
+    of JSON become dicts.
+
+    Raises:
+        ValueError: names the field, its value and the rule.
+    """
+    check_types(config)
+    config.env_args, config.processor_kwargs = json_object(config, "env_args"), json_object(config, "processor_kwargs")
+    rule = f"must be a multiple of rollouts_per_example={config.rollouts_per_example}"
+    check_setting(config, "rollouts_per_step", config.rollouts_per_step % config.rollouts_per_example == 0, rule)
+    rule = "must be 0 with lr_scheduler_type='constant', which ignores it; or take 'constant_with_warmup'"
+    check_setting(config, "warmup_steps", not config.warmup_steps or config.lr_scheduler_type != "constant", rule)
+    rule = "must have a vllm_server_host: for rollouts in this process each rank would need the whole model"
+    check_setting(config, "shard", not config.shard or config.vllm_server_host is not None, rule)
+    for name in ("lora_alpha", "lora_target_modules", "merge_adapter"):
+        check_setting(config, name, config.lora_rank or not getattr(config, name), "must be unset without lora_rank")
+    rule = "must be unset with lora_rank, which trains adapters alone (lora_target_modules says of which layers)"
+    check_setting(config, "freeze", not (config.freeze and config.lora_rank), rule)
+    for name in ("freeze", "lora_target_modules"):
+        try:
+            re.compile(getattr(config, name) or "")
+        except re.error as error:
+            check_setting(config, name, False, f"must be a regular expression ({error})")
+
+
 def check_setting(config: Any, name: str, holds: bool, rule: str) -> None:
     """Raise ValueError with the setting's name, its value and the rule, where the rule does not hold."""
     if not holds:

@@ -81,17 +81,18 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def halving(
-    work: Callable[[int], Result], size: int, clean_up: Callable[[], None], least: int = 1
+    work: Callable[[int], Result], size: int, clean_up: Callable[[], None], again: bool = True
 ) -> tuple[Result, int]:
     """(result, size) of `work(size)`. Where memory runs out it starts again from its beginning with half the size, down
-    to `least`; the size that fits is said in one warning."""
+    to 1; the size that fits is said in one warning. Not where it may not start `again`: the ranks of a sharded model
+    make the same passes or none."""
     reason = ""
     while True:
         try:
             result = work(size)
             break
         except (RuntimeError, MemoryError) as error:
-            if size <= least or not is_out_of_memory(error):
+            if size == 1 or not again or not is_out_of_memory(error):
                 raise
             reason = str(error).splitlines()[0][:200]
         clean_up()  # here, where the error no longer holds on to what it had made
@@ -108,12 +109,13 @@ class RunStopped(RuntimeError):
 
 
 def stop_where_skipped(times: int, batch: dict, output_dir: str) -> None:
-    """Raises RunStopped after MAX_SKIPPED times in a row, with the last batch in a file (`torch.load` reads it)."""
+    """Raises RunStopped after MAX_SKIPPED times in a row, with the last batch, that of the first rank, in a file
+    (`torch.load` reads it)."""
     if times < MAX_SKIPPED:
         return
     path = Path(output_dir) / "not_finite.pt"
     with contextlib.suppress(OSError, RuntimeError):
-        torch.save(batch, path)
+        batch and torch.save(batch, path)
     raise RunStopped(
         f"the gradient was not finite {times} times in a row, so the run stops; the weights are as they were before. "
         f"Usual causes: a learning_rate or beta that is too large, broken weights. The batch: {path}"

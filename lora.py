@@ -32,19 +32,6 @@ INSTALL = "needs a package: pip install peft==0.21.2"
 WEIGHTS = "adapter_model.safetensors"  # peft's name
 
 
-def check_trained(config: MultimodalRLConfig) -> None:
-    """Raises ValueError for settings of what is trained that cannot be, or that nothing would read."""
-    for name in ("lora_alpha", "lora_target_modules", "merge_adapter"):
-        check_setting(config, name, config.lora_rank or not getattr(config, name), "must be unset without lora_rank")
-    rule = "must be unset with lora_rank, which trains adapters alone (lora_target_modules says of which layers)"
-    check_setting(config, "freeze", not (config.freeze and config.lora_rank), rule)
-    for name in ("freeze", "lora_target_modules"):
-        try:
-            re.compile(getattr(config, name) or "")
-        except re.error as error:
-            check_setting(config, name, False, f"must be a regular expression ({error})")
-
-
 def choose_trained(
     model: nn.Module, config: MultimodalRLConfig, names: Iterable[tuple[nn.Parameter, list[str]]]
 ) -> None:

@@ -37,7 +37,7 @@ import functools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -48,27 +48,18 @@ from torch import Tensor, nn
 import parallel
 import shared_prefix
 from checkpoint import RunState, published_names, save_checkpoint
-from checks import check_setting, check_types, expect_batch, json_object
+from checks import check_config, expect_batch
 from command_line import one_line_errors, parse_arguments
 from faults import RunStopped, after_pauses, deferred_signals, halving, stop_where_skipped
 from local_server import LocalServer
-from lora import adapters_off, check_trained, choose_trained, reference_of
+from lora import adapters_off, choose_trained, reference_of
 from media import select_spans, take_spans
 from optimizers import OPTIMIZERS, SCHEDULES, clip_and_step, learning_rates, make_optimizer
 from output_head import head_is_last, in_chunks
 from recompute import checkpoint_layers
-from report import (
-    Clock,
-    RunLog,
-    of_all_ranks,
-    quiet_libraries,
-    reward_metrics,
-    rollout_metrics,
-    run_log,
-    zero_spread_fraction,
-)
+from report import Clock, RunLog, quiet_libraries, reward_metrics, rollout_metrics, run_log, zero_spread_fraction
 from rollouts import PLACEHOLDER_BIAS, Rollouts, RolloutsAhead, Server
-from rows import NoRollouts
+from rows import NoRollouts, without_truncated
 from shared_prefix import Block, Completions, Prefix, SharedPrompts
 from vllm_server import VLLMServer
 
@@ -366,7 +357,7 @@ class MultimodalBatch:
         return inputs
 
 
-NOTHING = MultimodalBatch(*[torch.zeros(0, 1, dtype=torch.long)] * 3, torch.zeros(0, 1), torch.zeros(0))  # of no rows
+NOTHING = MultimodalBatch(*[torch.zeros(0, 1).long()] * 3, torch.zeros(0, 1), torch.zeros(0))  # a batch of no rows
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -480,15 +471,7 @@ class MultimodalRLConfig:
     log_every_steps: AtLeast1 = option(1, "steps between lines of metrics.jsonl")
 
     def __post_init__(self) -> None:
-        check_types(self)
-        self.env_args, self.processor_kwargs = json_object(self, "env_args"), json_object(self, "processor_kwargs")
-        rule = f"must be a multiple of rollouts_per_example={self.rollouts_per_example}"
-        check_setting(self, "rollouts_per_step", self.rollouts_per_step % self.rollouts_per_example == 0, rule)
-        rule = "rollouts in this process would need the whole model; give it a vllm_server_host"
-        check_setting(self, "shard", not self.shard or self.vllm_server_host is not None, rule)
-        check_trained(self)
-        rule = "must be 0 with lr_scheduler_type='constant', which ignores it; or take 'constant_with_warmup'"
-        check_setting(self, "warmup_steps", not self.warmup_steps or self.lr_scheduler_type != "constant", rule)
+        check_config(self)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -537,8 +520,7 @@ def score(
         model: called as `model(input_ids=..., attention_mask=..., pixel_values=..., **extra_model_kwargs)`, with
             pixel_values left out where there are none; returns logits (B, L, V), as an attribute or as they are.
         batch: on the model's device.
-        temperature: of the sampling.
-        placeholder_ids: ids that were asked for with a logit_bias of -100.
+        temperature, placeholder_ids: of the sampling; these ids were asked for with a logit_bias of -100.
         shared: from `find_shared_prompts`, to run each distinct prompt once; same numbers at trained tokens.
         chunked: run the model's body, then its output head on a chunk of tokens at a time; else the model's own
             forward. None: find out whether that is the same (`head_is_last`).
@@ -571,8 +553,7 @@ class MultimodalGRPOTrainer:
     Args:
         model: the policy, on its device; a Transformers model, or any module that `score` can call. It is put into
             eval mode: no dropout, on either side of the ratio.
-        tokenizer, adapter: of its family; saved with each checkpoint.
-        config: see MultimodalRLConfig.
+        tokenizer, adapter: of its family; saved with each checkpoint. config: see MultimodalRLConfig.
         env: a verifiers environment; or call `set_environment`.
         server: where completions come from; None: a LocalServer in this process, or the vLLM server that config names.
     """
@@ -581,16 +562,16 @@ class MultimodalGRPOTrainer:
 
     def __init__(self, model, tokenizer, adapter, config: MultimodalRLConfig, env=None, server: Server | None = None):
         self.model, self.tokenizer, self.adapter, self.config = model.eval(), tokenizer, adapter, config
-        parallel.start(config)
-        parallel.same_weights(model)
+        parallel.start(config, model)
         checkpoint_layers(model, config.gradient_checkpointing)
         choose_trained(model, config, published_names(model))
         self.policy = Policy(model, config.temperature, adapter.placeholder_ids, config.bf16)
         self.ref_policy = reference_of(self.policy) if config.beta > 0 else None
-        for policy in {self.policy, self.ref_policy} - {None} if config.shard else ():  # one where it has adapters
-            parallel.shard(policy)
+        parallel.shard(config.shard, self.policy, self.ref_policy)
         self.device, self.clock = next(model.parameters()).device, Clock()
         self.optimizer, self.learning_rate = make_optimizer(model.parameters(), config), learning_rates(config)
+        names = ("loss_type", "clip_low", "clip_high", "mask_ratio_low", "mask_ratio_high", "beta")
+        self.loss = functools.partial(grpo_loss, **{name: getattr(config, name) for name in names})
         kind = LocalServer if config.vllm_server_host is None else VLLMServer
         self.server = server = server or kind.from_config(model, adapter, config)
         self.micro_batch_tokens, self.skipped = config.micro_batch_tokens, 0  # as memory allows; updates in a row
@@ -618,14 +599,12 @@ class MultimodalGRPOTrainer:
         return {"step": self.policy.version, **metrics}
 
     def update(self, batch: MultimodalBatch, on_policy: bool = True) -> dict[str, float]:
-        """Train on one batch: `updates_per_batch` optimizer steps.
+        """Train on one batch: `updates_per_batch` optimizer steps. Returns the metrics of the first one, and those of
+        the last one as `last_update/...`.
 
         Args:
-            batch: as `build_batch` made it, on the CPU.
+            batch: as `build_batch` made it, on the CPU; with more ranks, this one's rows of the step.
             on_policy: whether the policy as it is now sampled it; then its logprobs must be the server's.
-
-        Returns:
-            The metrics of the first update, and those of the last one as `last_update/...`.
         """
         config = self.config
         batch = without_truncated(batch) if config.mask_truncated_completions else batch
@@ -645,12 +624,8 @@ class MultimodalGRPOTrainer:
 
         history = []  # the metrics of each update
         for i in range(config.updates_per_batch):
-            (logprobs, entropies), self.micro_batch_tokens = halving(
-                lambda tokens: self.backward(blocks(tokens), own),
-                self.micro_batch_tokens,
-                self.optimizer.zero_grad,
-                least=self.micro_batch_tokens if config.shard else 1,  # a pass made again would leave the other ranks
-            )
+            settings = self.micro_batch_tokens, self.optimizer.zero_grad, not config.shard
+            (logprobs, entropies), self.micro_batch_tokens = halving(lambda n: self.backward(blocks(n), own), *settings)
             parallel.sum_gradients(self.policy)
             whole = parallel.gather({**own, "logprobs": logprobs, "entropies": entropies})
             entropies = whole.pop("entropies")
@@ -661,11 +636,10 @@ class MultimodalGRPOTrainer:
                 self.rollouts.check_on_policy(history[0]["logprob_difference"], self.optimizer.zero_grad)
             history[-1]["grad_norm"] = clip_and_step(self.optimizer, config.max_grad_norm)
             self.skipped = 0 if math.isfinite(history[-1]["grad_norm"]) else self.skipped + 1
-            stop_where_skipped(self.skipped, vars(batch), config.output_dir)
-        drifted = history[-1] if len(history) > 1 else {}  # the first update is on-policy, later ones are not
+            stop_where_skipped(self.skipped, {} if parallel.rank() else vars(batch), config.output_dir)
         return {
-            **history[0],
-            **{f"last_update/{name}": value for name, value in drifted.items()},
+            **history[0],  # the first update is on-policy, later ones are not
+            **{f"last_update/{name}": value for last in history[1:][-1:] for name, value in last.items()},
             "updates_skipped": sum(not math.isfinite(values["grad_norm"]) for values in history),
             "zero_spread_fraction": zero_spread_fraction(everyone),
             "shared_prefix_fraction": shared_prefix.shared_fraction(blocks(self.micro_batch_tokens)),
@@ -687,15 +661,10 @@ class MultimodalGRPOTrainer:
             logprobs[part.place], entropies[part.place] = new.detach(), new_entropies
         return logprobs, entropies
 
-    def loss(self, logprobs: Tensor, **of_batch: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """`grpo_loss` with this run's settings, which have the same names."""
-        names = ("loss_type", "clip_low", "clip_high", "mask_ratio_low", "mask_ratio_high", "beta")
-        return grpo_loss(logprobs, **of_batch, **{name: getattr(self.config, name) for name in names})
-
     @parallel.leaving()
     def evaluate(self) -> dict[str, float]:
         """Greedy rollouts of the first `eval_examples` evaluation examples: mean reward, mean of each metric."""
-        return reward_metrics(of_all_ranks(self.rollouts.evaluate())) if self.config.eval_examples else {}
+        return reward_metrics(self.rollouts.evaluate()) if self.config.eval_examples else {}
 
     def train(self, log: RunLog | None = None) -> dict[str, float]:
         """Run up to step `max_steps`; log, evaluate before and after, save. Returns the last evaluation.
@@ -720,8 +689,7 @@ class MultimodalGRPOTrainer:
                 self.rollouts.stop()
                 saved = state.save()
             log.end_where_interrupted(parallel.came_to_any(came), saved)
-            final = self.evaluate()
-            log.evaluation("after training", final)
+            log.evaluation("after training", final := self.evaluate())
             log.finish(self.rollouts.rubric, saved or state.save() or state.save_elsewhere())
         return final
 
@@ -732,8 +700,7 @@ class MultimodalGRPOTrainer:
 
     def save_checkpoint(self, folder: str | Path) -> None:
         """Weights, tokenizer and what the adapter adds, as `from_pretrained` and vLLM read them."""
-        merge = self.config.merge_adapter
-        save_checkpoint(Path(folder), self.model, self.adapter, self.tokenizer, merge=merge)
+        save_checkpoint(Path(folder), self.model, self.adapter, self.tokenizer, merge=self.config.merge_adapter)
 
     def close(self) -> None:
         """Let go of the server and the event loop: no step and no evaluation after it."""
@@ -742,21 +709,11 @@ class MultimodalGRPOTrainer:
 
 def row_advantages(batch: MultimodalBatch, scale: str) -> Tensor:
     """(B,) advantages; a rollout that was split into several rows counts once in its group's mean."""
-    rollouts = range(len(batch)) if batch.rollout_ids is None else batch.rollout_ids.tolist()
-    first_row: dict[int, int] = {}  # of each rollout
-    for row, rollout in enumerate(rollouts):
-        first_row.setdefault(rollout, row)
-    rows = list(first_row.values())
-    groups = None if batch.group_ids is None else batch.group_ids[rows]
-    advantages = dict(zip(first_row, group_advantages(batch.rewards[rows], groups, scale).tolist()))
-    return torch.tensor([advantages[rollout] for rollout in rollouts])
-
-
-def without_truncated(batch: MultimodalBatch) -> MultimodalBatch:
-    """The batch with nothing trained in rows that were cut off."""
-    if batch.is_truncated is None:
-        raise ValueError("is_truncated: mask_truncated_completions needs it from the adapter's build_batch, got None")
-    return replace(batch, loss_mask=batch.loss_mask * ~batch.is_truncated.bool().unsqueeze(-1))
+    ids = torch.arange(len(batch)) if batch.rollout_ids is None else batch.rollout_ids
+    rollouts, rollout_of_row = ids.unique(return_inverse=True)
+    first_rows = [int((rollout_of_row == i).nonzero()[0]) for i in range(len(rollouts))]
+    groups = None if batch.group_ids is None else batch.group_ids[first_rows]
+    return group_advantages(batch.rewards[first_rows], groups, scale)[rollout_of_row]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -775,7 +732,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     with contextlib.ExitStack() as stack:
         with one_line_errors(Exception, code=2):  # the user's to mend, before anything is trained
             parallel.start(config)
-            stack.callback(parallel.end)
             log = stack.enter_context(run_log(config))
             model, tokenizer, adapter = load_model(arguments.adapter, arguments.model, config)
             model = model if config.shard else model.to(parallel.device())

@@ -14,6 +14,7 @@ end with its name.
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import time
@@ -50,15 +51,21 @@ class RankLost(RunStopped):
 # The group
 
 
-def start(config: MultimodalRLConfig) -> None:
-    """Join the other ranks, where there are any. Rank 0 names the output_dir, and it alone writes there."""
+def start(config: MultimodalRLConfig, model: nn.Module | None = None) -> None:
+    """Join the other ranks, where there are any. Rank 0 names the output_dir, and it alone writes there; the model gets
+    its weights."""
     if LAUNCHED <= os.environ.keys() and not dist.is_initialized():
         backend = "cpu:gloo"
         if torch.cuda.is_available():
             torch.cuda.set_device(device())
             backend += ",cuda:nccl"
         dist.init_process_group(backend, timeout=timedelta(seconds=config.ddp_timeout))
+        atexit.register(end)
     config.output_dir = of_first(config.output_dir)
+    if model is not None and ranks() > 1:
+        with torch.no_grad(), leaving():
+            for tensor in (*model.parameters(), *model.buffers()):
+                dist.broadcast(tensor, 0)
 
 
 def end() -> None:
@@ -263,16 +270,8 @@ def total_norm(gradients: Sequence[Tensor]) -> Tensor:
 # Shards
 
 
-def same_weights(model: nn.Module) -> None:
-    """Give every rank the weights of rank 0."""
-    if ranks() > 1:
-        with torch.no_grad(), leaving():
-            for tensor in (*model.parameters(), *model.buffers()):
-                dist.broadcast(tensor, 0)
-
-
-def shard(policy: Policy) -> None:
-    """Cut the language model's parameters into shards, one a rank, gathered a layer at a time: FSDP2.
+def shard(on: bool, *policies: Policy | None) -> None:
+    """Where it is on: cut the language model's parameters into shards, one a rank, gathered a layer at a time: FSDP2.
 
     Whatever is not the language model's (vision tower, projector) stays whole on every rank, as a rank without pictures
     would not take part in gathering it.
@@ -280,25 +279,28 @@ def shard(policy: Policy) -> None:
     Raises:
         ValueError: there are no other ranks; the model does not name the layers that can be gathered one at a time.
     """
-    if not dist.is_initialized():
+    if on and not dist.is_initialized():
         raise ValueError("shard=True: there is one process; start it with torchrun --nproc-per-node N mm_grpo.py ...")
-    model, names = policy.model, getattr(policy.model, "_no_split_modules", None) or ()
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
-    layers = [module for module in decoder.modules() if type(module).__name__ in names]
-    if not layers:
-        raise ValueError(f"shard=True: {type(model).__name__} names no layers of its language model to shard; leave it")
-    of_language = {id(p) for part in (decoder, model.get_output_embeddings()) for p in part.parameters()}
-    whole = {parameter for parameter in policy.parameters() if id(parameter) not in of_language}
-    mesh = init_device_mesh(device().type, (ranks(),))
-    for module in (*reversed(layers), policy):
-        fully_shard(module, mesh=mesh, ignored_params=whole)
-        module.set_gradient_divide_factor(1.0)  # a sum: the weights of the tokens are those of the whole batch
-        module.set_force_sum_reduction_for_comms(True)
-    for parameter in whole:
-        parameter.data = parameter.data.to(device())
-    # What prompts leave behind is no tensor that a hook could stand on, so the root stays gathered until they are done
-    policy.set_reshard_after_backward(False, recurse=False)
-    register_fsdp_forward_method(policy, "run_prompts")
+    for policy in {policy for policy in policies if policy is not None and on}:
+        model, names = policy.model, getattr(policy.model, "_no_split_modules", None) or ()
+        decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+        layers = [module for module in decoder.modules() if type(module).__name__ in names]
+        if not layers:
+            raise ValueError(
+                f"shard=True: {type(model).__name__} names no layers of a language model that could be cut"
+            )
+        of_language = {id(p) for part in (decoder, model.get_output_embeddings()) for p in part.parameters()}
+        others = {parameter for parameter in policy.parameters() if id(parameter) not in of_language}
+        mesh = init_device_mesh(device().type, (ranks(),))
+        for module in (*reversed(layers), policy):
+            fully_shard(module, mesh=mesh, ignored_params=others)
+            module.set_gradient_divide_factor(1.0)  # a sum: the weights of the tokens are those of the whole batch
+            module.set_force_sum_reduction_for_comms(True)
+        for parameter in others:
+            parameter.data = parameter.data.to(device())
+        # What prompts leave behind is no tensor that a hook could stand on: the root stays gathered until they are done
+        policy.set_reshard_after_backward(False, recurse=False)
+        register_fsdp_forward_method(policy, "run_prompts")
 
 
 def is_sharded(policy: nn.Module) -> bool:

@@ -40,9 +40,13 @@ SAME_REWARD = 20  # steps without a group whose rewards differ, until it is said
 
 def reward_metrics(outputs: GenerateOutputs) -> dict[str, float]:
     """Mean and spread of the reward and mean of each metric of the rubric, over the rollouts that came back whole and
-    were not left out; where others were not, `failed` is their number."""
-    rollouts = [rollout for rollout in outputs["outputs"] if not fault_of(rollout)]
-    failed = len(outputs["outputs"]) - len(rollouts)
+    were not left out, on all ranks; where others were not, `failed` is their number."""
+    return means(of_all_ranks(outputs)["outputs"])
+
+
+def means(every: list[dict]) -> dict[str, float]:
+    rollouts = [rollout for rollout in every if not fault_of(rollout)]
+    failed = len(every) - len(rollouts)
     counted = {"failed": failed} if failed else {}
     if not rollouts:
         return {"reward": math.nan, "reward_std": math.nan, **counted}
@@ -70,7 +74,7 @@ def rollout_metrics(outputs: GenerateOutputs, batch: MultimodalBatch) -> dict[st
     kept, rows, tokens = map(sum, zip(*exchange((kept, len(batch), int((batch.loss_mask != 0).sum())))))
     causes = Counter(f"dropped/{fault[0]}" for rollout in rollouts if (fault := fault_of(rollout)))
     return {
-        **reward_metrics({"outputs": [rollout for rollout in rollouts if not fault_of(rollout)]}),
+        **means([rollout for rollout in rollouts if not fault_of(rollout)]),
         "completion_tokens": tokens / rows,
         "truncated_fraction": sum(bool(rollout.get("is_truncated")) for rollout in rollouts) / len(rollouts),
         "rollouts_dropped": len(rollouts) - kept,

@@ -8,13 +8,16 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from checks import expect_tokens, fault_of
+
+if TYPE_CHECKING:
+    from mm_grpo import MultimodalBatch
 
 
 class NoRollouts(ValueError):
@@ -131,3 +134,12 @@ def token_tensors(rows: Sequence[Row], pad_id: int = 0) -> dict[str, Tensor]:
         rollout_ids=torch.tensor([row.rollout for row in rows], dtype=torch.long),
         is_truncated=torch.tensor([row.is_truncated for row in rows]),
     )
+
+
+def without_truncated(batch: MultimodalBatch) -> MultimodalBatch:
+    """The batch with nothing trained in rows that were cut off."""
+    if not len(batch):
+        return batch
+    if batch.is_truncated is None:
+        raise ValueError("is_truncated: mask_truncated_completions needs it from the adapter's build_batch, got None")
+    return replace(batch, loss_mask=batch.loss_mask * ~batch.is_truncated.bool().unsqueeze(-1))

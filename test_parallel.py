@@ -22,8 +22,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from checkpoint import checkpoints, step_of
-from conftest import group, make_trainer, wait_for
+from checkpoint import checkpoints, published_weights, step_of
+from conftest import group, make_trainer, needs, wait_for
+from lora import adapter_weights
 from rollouts import epoch_order
 
 HERE = Path(__file__).parent
@@ -40,8 +41,9 @@ def metrics(folder) -> list[dict]:
 
 
 def weights(folder) -> torch.Tensor:
-    """Of the newest checkpoint."""
-    tensors = load_file(checkpoints(Path(folder))[-1] / "model.safetensors")
+    """Of the newest checkpoint: the model's, or its adapter's."""
+    (file,) = checkpoints(Path(folder))[-1].glob("*.safetensors")
+    tensors = load_file(file)
     return torch.cat([tensors[name].flatten() for name in sorted(tensors)])
 
 
@@ -74,6 +76,8 @@ SETTINGS = {
     "the batch's spread": ["--scale_rewards", "batch"],
     "dr_grpo": ["--loss_type", "dr_grpo", "--scale_rewards", "none"],
     "gspo": ["--loss_type", "gspo", "--scale_rewards", "group"],
+    "adapters": pytest.param(["--lora_rank", "4"], marks=needs("peft")),
+    "a frozen tower": ["--freeze", "visual"],
     "uneven shares": ["--rollouts_per_step", "12"],
     "prompts that come twice": ["--env_args", '{"num_train_examples": 3}'],
 }
@@ -234,8 +238,14 @@ def batch_of(env, **settings):
     return replace(batch, rewards=torch.rand(len(batch), generator=torch.Generator().manual_seed(0)))
 
 
-@pytest.mark.parametrize("shares", [[range(8), range(8, 16)], [range(12), range(12, 16)], [range(16), ()]])
-@pytest.mark.parametrize("settings", [{}, {"share_prefix": False}, {"gradient_checkpointing": True}])
+HALVES, UNEVEN, NONE = ([range(8), range(8, 16)], [range(12), range(12, 16)], [range(16), ()])  # rows of two ranks
+LORA = {"lora_rank": 4, "merge_adapter": True}
+SHARDS = [({}, HALVES), ({}, UNEVEN), ({}, NONE), ({"share_prefix": False}, UNEVEN), ({"share_prefix": False}, NONE)]
+SHARDS += [({"gradient_checkpointing": True}, UNEVEN), ({"freeze": "visual"}, UNEVEN)]
+SHARDS += [pytest.param(LORA, UNEVEN, marks=needs("peft"))]
+
+
+@pytest.mark.parametrize(("settings", "shares"), SHARDS)
 def test_shards_make_the_update_that_one_process_makes(runs, tmp_path, settings, shares):
     settings = dict(settings, updates_per_batch=2, beta=0.1, micro_batch_tokens=150, rollouts_per_step=16)
     settings |= dict(rollouts_per_example=4, max_tokens=4, learning_rate=3e-4, output_dir=str(tmp_path / "out"))
@@ -243,16 +253,38 @@ def test_shards_make_the_update_that_one_process_makes(runs, tmp_path, settings,
     torch.save((batch, settings), tmp_path / "batch.pt")
     trainer = make_trainer(**settings)
     alone = trainer.update(batch)
-    code = SHARDED.format(
-        batch=str(tmp_path / "batch.pt"), shares=[list(s) for s in shares], folder=str(tmp_path / "two")
-    )
+    shares, folder = [list(rows) for rows in shares], tmp_path / "two"
+    code = SHARDED.format(batch=str(tmp_path / "batch.pt"), shares=shares, folder=str(folder))
     sharded = eval(runs.printed(code, ranks=2))
     assert sharded.keys() == alone.keys()
-    assert {
-        n: (alone[n], sharded[n]) for n in alone if not math.isclose(alone[n], sharded[n], rel_tol=1e-4, abs_tol=1e-6)
-    } == {}
-    ours, theirs = trainer.model.state_dict(), type(trainer.model).from_pretrained(tmp_path / "two").state_dict()
-    assert max((ours[name] - theirs[name]).abs().max() for name in ours) <= 1e-5
+    wrong = {name for name in alone if not math.isclose(alone[name], sharded[name], rel_tol=1e-4, abs_tol=1e-6)}
+    assert not wrong, [(name, alone[name], sharded[name]) for name in wrong]
+    saved = load_file((folder / "merged" if "lora_rank" in settings else folder) / "model.safetensors")
+    ours = dict(published_weights(trainer.model))
+    assert max((ours[name] - saved[name]).abs().max() for name in ours) <= 1e-5
+
+
+@needs("peft")
+def test_shards_of_a_base_in_bfloat16_and_adapters_in_float32_learn_as_one_process_does(runs, tmp_path):
+    settings = dict(LORA, param_dtype="bfloat16", updates_per_batch=2, beta=0.1, rollouts_per_step=16, max_tokens=4)
+    settings |= dict(rollouts_per_example=4, learning_rate=3e-4, output_dir=str(tmp_path / "out"))
+    batch = batch_of({"num_train_examples": 6}, **settings)
+    torch.save((batch, settings), tmp_path / "batch.pt")
+    trainer = make_trainer(**settings)
+    alone = trainer.update(batch)
+    code = SHARDED.format(
+        batch=str(tmp_path / "batch.pt"), shares=[list(s) for s in HALVES], folder=str(tmp_path / "t")
+    )
+    sharded = eval(runs.printed(code, ranks=2))
+    assert sharded["kl"] == alone["kl"] == 0 and math.isclose(sharded["grad_norm"], alone["grad_norm"], rel_tol=0.05)
+    saved, ours = load_file(tmp_path / "t" / "adapter_model.safetensors"), adapter_weights(trainer.model)
+    assert saved.keys() == ours.keys() and {tensor.dtype for tensor in saved.values()} == {torch.float32}
+    start = adapter_weights(make_trainer(**settings).model)
+    moved, apart = (
+        torch.cat([(one[name] - other[name]).flatten() for name in ours]).norm()
+        for one, other in ((ours, start), (saved, ours))
+    )
+    assert 0 < apart < 0.3 * moved  # gradients of bfloat16 passes in another order, of which AdamW makes whole steps
 
 
 RESUMED = """
