@@ -32,7 +32,7 @@ def bytes_per_parameter(config: Any, trained: bool = True) -> dict[str, float]:
 
     Args:
         config: its optim, param_dtype and beta are read.
-        trained: False: of a frozen parameter.
+        trained: False: of a frozen parameter, LoRA's base for one; the reference policy is that itself.
 
     Returns:
         By what takes it: weights, gradients, optimizer (its state, a master included), reference (policy), whole.
@@ -41,7 +41,7 @@ def bytes_per_parameter(config: Any, trained: bool = True) -> dict[str, float]:
     moments = 8 if config.optim == "adamw_torch" else 2 * (1 + 4 / 256)  # a byte and, for 256 of them, a float32 scale
     master = 0 if config.param_dtype == "float32" else 4
     costs = {"weights": weights, "gradients": trained * weights, "optimizer": trained * (moments + master)}
-    costs["reference"] = weights if config.beta > 0 else 0
+    costs["reference"] = trained * weights if config.beta > 0 else 0
     return {**costs, "whole": sum(costs.values())}
 
 

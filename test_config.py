@@ -363,7 +363,7 @@ def test_every_setting_has_its_effect_tested():
         "test_optimizers.py",
         "test_resume.py",
     )
-    files += ("test_rows.py", "test_vllm.py")
+    files += ("test_parallel.py", "test_rows.py", "test_vllm.py")
     written = "".join((HERE / name).read_text() for name in files)
     assert all(f"def {test}(" in written for test in ELSEWHERE.values())
     assert all(f.metadata["help"] for f in fields(MultimodalRLConfig))

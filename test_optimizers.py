@@ -110,7 +110,8 @@ def test_a_setting_costs_a_parameter_the_bytes_that_are_said(optim, dtype, beta)
         stepped = masters.get(parameter, parameter)
         state = trainer.optimizer.state.get(stepped, {}) | ({"master": stepped} if parameter in masters else {})
         costs[name]["optimizer"] = sum(value.nbytes for key, value in state.items() if not re.match("step|qmap", key))
-        reference = dict(trainer.ref_policy.model.named_parameters())[name].nbytes if beta else 0
+        reference = dict(trainer.ref_policy.model.named_parameters())[name] if beta else parameter
+        reference = 0 if reference is parameter else reference.nbytes
         costs[name].update(reference=reference, whole=costs[name].total() + reference)
     large = {name: p for name, p in model.named_parameters() if p.numel() >= 4096}
     assert {p.requires_grad for p in large.values()} == {True, False} and len(large) > 10

@@ -582,7 +582,7 @@ def noted(info, *, client, source):
 
 factory.WeightTransferTrainerFactory.trainer_init = noted
 try:
-    nccl_sender(server, lambda: server._weights(model))
+    nccl_sender(server, model)
 except Exception as error:
     seen["error"] = str(error)
 engine = nccl_engine.NCCLTrainerWeightTransferEngine(client=seen["client"], source=seen["source"])
