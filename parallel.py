@@ -187,14 +187,14 @@ def roll_call(said: str, of_group: bool) -> str:
 def share(examples: Sequence[dict]) -> list[dict]:
     """This rank's share of these examples. Those with equal prompts go to one rank: in this process their completions
     draw from the streams of one prompt, one after the other."""
-    counts, rank_of = [0] * ranks(), {}
-    mine = []
+    if ranks() == 1:
+        return list(examples)
+    mine, counts, rank_of = [], [0] * ranks(), {}
     for example in examples:
-        key = json.dumps(example.get("prompt"), sort_keys=True, default=str) if ranks() > 1 else ""
-        chosen = rank_of.setdefault(key, counts.index(min(counts)))
+        prompt = json.dumps(example.get("prompt"), sort_keys=True, default=str)
+        chosen = rank_of.setdefault(prompt, counts.index(min(counts)))
         counts[chosen] += 1
-        if chosen == rank():
-            mine.append(example)
+        mine += [example] if chosen == rank() else []
     return mine
 
 
@@ -281,17 +281,15 @@ def shard(on: bool, *policies: Policy | None) -> None:
     """
     if on and not dist.is_initialized():
         raise ValueError("shard=True: there is one process; start it with torchrun --nproc-per-node N mm_grpo.py ...")
-    for policy in {policy for policy in policies if policy is not None and on}:
+    mesh = init_device_mesh(device().type, (ranks(),)) if on else None
+    for policy in dict.fromkeys(filter(None, policies)) if on else ():  # with adapters it is its own reference
         model, names = policy.model, getattr(policy.model, "_no_split_modules", None) or ()
         decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
         layers = [module for module in decoder.modules() if type(module).__name__ in names]
         if not layers:
-            raise ValueError(
-                f"shard=True: {type(model).__name__} names no layers of a language model that could be cut"
-            )
+            raise ValueError(f"shard=True: {type(model).__name__} names no layers of its language model")
         of_language = {id(p) for part in (decoder, model.get_output_embeddings()) for p in part.parameters()}
         others = {parameter for parameter in policy.parameters() if id(parameter) not in of_language}
-        mesh = init_device_mesh(device().type, (ranks(),))
         for module in (*reversed(layers), policy):
             fully_shard(module, mesh=mesh, ignored_params=others)
             module.set_gradient_divide_factor(1.0)  # a sum: the weights of the tokens are those of the whole batch

@@ -223,6 +223,10 @@ class Rollouts:
             raise ValueError(f"env: reward functions named {sorted(taken)}: verifiers uses these names itself; rename")
         if key not in ("reward", *names):
             raise ValueError(f"primary_reward_key={key!r}: the environment reports 'reward' and {sorted(names)}")
+        if self.config.rollouts_per_step // self.config.rollouts_per_example < ranks():
+            raise ValueError(
+                f"rollouts_per_step={self.config.rollouts_per_step}: fewer prompts than the {ranks()} ranks"
+            )
         if not hasattr(self.adapter, "encode_prompt"):
             return
         lengths, reasons = [], []
@@ -233,10 +237,6 @@ class Rollouts:
                 reasons.append(f"{type(error).__name__}: {error}")
         if not lengths:
             raise ValueError(f"env: none of the first {len(reasons)} prompts can be encoded. The first: {reasons[0]}")
-        if self.config.rollouts_per_step // self.config.rollouts_per_example < ranks():
-            raise ValueError(
-                f"rollouts_per_step={self.config.rollouts_per_step}: fewer prompts than the {ranks()} ranks"
-            )
         context, wanted = self.server.max_model_len, self.config.max_tokens
         if wanted > context - min(lengths):
             left = f"leave room for {max(context - min(lengths), 0)} in the model's context of {context}"

@@ -118,6 +118,16 @@ def test_a_rank_that_has_nothing_to_train_on_leaves_the_run_what_it_was(runs, tm
     expect_equal(one, two)
 
 
+def test_fewer_prompts_than_ranks_and_a_shard_of_one_process_are_refused(runs, tmp_path):
+    said, command = len(runs.said()), [*QUICK.split(), "--output_dir", str(tmp_path / "run")]
+    started = runs.start_ranks(2, *command, "--rollouts_per_step", "4")
+    assert [runs.end(process) for process in started] == [2, 2]
+    assert "error: rollouts_per_step=4: fewer prompts than the 2 ranks" in runs.said()[said:]
+    server = type("Elsewhere", (), {"shares_weights": False})()
+    with pytest.raises(ValueError, match="shard=True: there is one process; start it with torchrun"):
+        make_trainer(server=server, shard=True, vllm_server_host="elsewhere")
+
+
 def test_torchrun_starts_ranks_and_one_of_them_speaks(tmp_path):
     """The README's command; torchrun itself starts the processes. Rank 0 has a screen and a folder, for all."""
     command = [str(Path(sys.executable).with_name("torchrun")), "--standalone", "--nproc-per-node", "2", "mm_grpo.py"]
@@ -241,7 +251,11 @@ def batch_of(env, **settings):
 HALVES, UNEVEN, NONE = ([range(8), range(8, 16)], [range(12), range(12, 16)], [range(16), ()])  # rows of two ranks
 LORA = {"lora_rank": 4, "merge_adapter": True}
 SHARDS = [({}, HALVES), ({}, UNEVEN), ({}, NONE), ({"share_prefix": False}, UNEVEN), ({"share_prefix": False}, NONE)]
-SHARDS += [({"gradient_checkpointing": True}, UNEVEN), ({"freeze": "visual"}, UNEVEN)]
+SHARDS += [
+    ({"gradient_checkpointing": True}, UNEVEN),
+    ({"freeze": "visual"}, UNEVEN),
+    ({"freeze": r"layers\.0"}, UNEVEN),
+]
 SHARDS += [pytest.param(LORA, UNEVEN, marks=needs("peft"))]
 
 
