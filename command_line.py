@@ -7,9 +7,23 @@ import os
 import signal
 import sys
 import time
+from argparse import ArgumentParser
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+# Headings of --help, each above the settings from this one on, in the order of the config
+HEADINGS = {
+    "output_dir": "the run: where, how long, what is kept",
+    "env_id": "environment and media",
+    "rollouts_per_step": "rollouts",
+    "vllm_server_host": "a vLLM server for them",
+    "loss_type": "the method",
+    "learning_rate": "optimizer",
+    "lora_rank": "what is trained",
+    "param_dtype": "precision, memory, more GPUs",
+    "adapter": "the model",
+}
 
 
 def parse_arguments(
@@ -29,6 +43,7 @@ def parse_arguments(
     parser.add_argument("--model", help="checkpoint, a name or a folder; unset: a tiny one of the --adapter's family")
     parser.add_argument("--demo", action="store_true", help="settings for the tiny model, implied without --model")
     parser.set_defaults(output_dir=time.strftime("runs/%Y%m%d-%H%M%S-") + str(os.getpid()))  # no other run's
+    under_headings(parser)
     known, _ = parser.parse_known_args(argv)  # no config yet: the rules hold for the settings of the run
     if known.demo or known.model is None:
         parser.set_defaults(**demo, demo=True)
@@ -39,6 +54,18 @@ def parse_arguments(
     except ValueError as error:
         parser.error(str(error))
     return config, arguments
+
+
+def under_headings(parser: ArgumentParser) -> None:
+    """Give --help the HEADINGS."""
+    (options,) = (group for group in parser._action_groups if group.title == "options")
+    group, own = options, []
+    for action in options._group_actions:
+        group = parser.add_argument_group(HEADINGS[action.dest]) if action.dest in HEADINGS else group
+        (own if group is options else group._group_actions).append(action)
+    options._group_actions[:] = own
+    parser._action_groups.insert(2, parser._action_groups.pop())  # the model first
+    parser.usage = "%(prog)s [--adapter FAMILY] [--model CHECKPOINT] [--SETTING VALUE ...]"
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ from dataclasses import asdict, fields
 import pytest
 
 from adapters import ADAPTERS
-from command_line import parse_arguments
+from command_line import HEADINGS, parse_arguments
 from local_server import LocalServer
 from mm_grpo import DEMO, MultimodalRLConfig, main
 
@@ -40,6 +40,17 @@ def test_the_demonstrations_settings_hold_without_a_model_and_where_they_are_ask
 def test_what_is_given_goes_before_the_demonstrations_settings():
     settings, _ = parse("--beta", "0", "--max_steps", "7", "--seed", "3")
     assert settings == with_changes(**DEMO | {"beta": 0.0, "max_steps": 7, "seed": 3})
+
+
+def test_help_shows_each_setting_once_under_its_heading(capsys):
+    with pytest.raises(SystemExit):
+        parse("--help")
+    said = capsys.readouterr().out
+    headings = [line.removesuffix(":") for line in said.splitlines() if line.endswith(":") and line[0] != " "]
+    assert headings == ["options", "the model", *[name for name in HEADINGS.values() if name != "the model"]]
+    assert all(said.count(f"  --{f.name} ") == 1 for f in fields(MultimodalRLConfig))
+    of_the_method = said[said.index("the method:") : said.index("optimizer:")]
+    assert "--loss_type" in of_the_method and "--beta" in of_the_method and "--optim" not in of_the_method
 
 
 def test_the_rules_hold_for_the_settings_of_the_run_and_not_for_those_that_the_demonstration_replaces():
