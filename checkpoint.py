@@ -191,7 +191,7 @@ def sync(path: Path) -> None:
 
 # Settings that may change on the way: they say how long, how often and where, or change no number but by rounding
 FREE = (
-    *("shard", "ddp_timeout"),
+    *("shard", "ddp_timeout", "report_to"),
     *("output_dir", "resume_from_checkpoint", "save_steps", "save_total_limit", "eval_steps", "eval_examples"),
     *("max_steps", "log_every_steps", "micro_batch_tokens", "gradient_checkpointing", "max_concurrent"),
     *("rollout_timeout", "generation_timeout"),

@@ -19,6 +19,9 @@ from torch import Tensor
 CAUSES = ("environment", "reward", "timeout", "server", "tokens", "placeholder", "media")
 
 
+TRACKERS = ("tensorboard", "wandb", "trackio")  # dashboards that a run can report to
+
+
 def expect(name: str, holds: Any, expected: str, got: Any) -> None:
     """Raise ValueError where `holds` (a bool, or a tensor of one) is not true."""
     if not bool(holds):
@@ -91,6 +94,8 @@ def check_config(config: Any) -> None:
         check_setting(config, name, config.lora_rank or not getattr(config, name), "must be unset without lora_rank")
     rule = "must be unset with lora_rank, which trains adapters alone (lora_target_modules says of which layers)"
     check_setting(config, "freeze", not (config.freeze and config.lora_rank), rule)
+    unknown = [name for name in (config.report_to or "").split(",") if name.strip() not in ("", *TRACKERS)]
+    check_setting(config, "report_to", not unknown, f"must be names of {', '.join(TRACKERS)}, separated by commas")
     for name in ("freeze", "lora_target_modules"):
         try:
             re.compile(getattr(config, name) or "")

@@ -418,6 +418,7 @@ class MultimodalRLConfig:
     eval_steps: AtLeast0 = option(0, "steps between evaluations during training; 0: none")
     eval_examples: AtLeast0 = option(256, "examples of the greedy evaluation before and after training; 0: none")
     log_every_steps: AtLeast1 = option(1, "steps between lines of metrics.jsonl")
+    report_to: str | None = option(None, "dashboards, separated by commas: tensorboard, wandb, trackio; unset: none")
     env_id: str = option("shapes-env", "verifiers environment: any installed one")
     env_args: dict | str | None = option(None, "its arguments, as JSON")  # a dict in Python
     primary_reward_key: str = option("reward", "what is trained: 'reward' (the rubric's sum) or one of its metrics")
@@ -674,7 +675,7 @@ class MultimodalGRPOTrainer:
         config, state = self.config, RunState(self)
         with deferred_signals(announce=True) as came, log or run_log(config) as log:
             self.prepare()
-            log.start(step=self.policy.version)
+            log.start(self)
             if self.policy.version == 0:
                 log.evaluation("before training", self.evaluate())
             try:
@@ -690,7 +691,7 @@ class MultimodalGRPOTrainer:
                 saved = state.save()
             log.end_where_interrupted(parallel.came_to_any(came), saved)
             log.evaluation("after training", final := self.evaluate())
-            log.finish(self.rollouts.rubric, saved or state.save() or state.save_elsewhere())
+            log.finish(saved or state.save() or state.save_elsewhere())
         return final
 
     def prepare(self) -> None:

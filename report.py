@@ -25,6 +25,7 @@ from checks import fault_of
 from command_line import Screen, say
 from faults import end_by
 from parallel import exchange, rank, ranks
+from trackers import Trackers
 
 if TYPE_CHECKING:
     from verifiers.types import GenerateOutputs
@@ -141,6 +142,7 @@ class RunLog:
             if error.errno is None:  # our own
                 raise
             raise OSError(f"output_dir={config.output_dir!r}: cannot be written to ({error}); name another") from None
+        self.trackers = Trackers(config.report_to, self.folder, settings_of(config))
         self.unwritten: list[str] = []  # lines of metrics.jsonl
         self.same_reward = 0  # steps in a row in which no group's rewards differed
 
@@ -170,10 +172,11 @@ class RunLog:
             failed = f" ({metrics['failed']} of its examples failed)" if metrics.get("failed") else ""
             say(f"{when}: {', '.join(f'{name} {metrics[name]:.3f}' for name in names)}{failed}")
 
-    def start(self, step: int) -> None:
-        """Begin after this step: what metrics.jsonl holds of later ones, or of half a line, is made again."""
+    def start(self, trainer: MultimodalGRPOTrainer) -> None:
+        """Begin after the trainer's step: what metrics.jsonl holds of later ones, or of half a line, is made again."""
         from tqdm import tqdm
 
+        self.rollouts, step = trainer.rollouts, trainer.policy.version
         kept = [line for line in self.lines() if line["step"] <= step]
         fresh = self.folder / ".metrics.jsonl"
         fresh.write_text("".join(json.dumps(line) + "\n" for line in kept))
@@ -196,6 +199,7 @@ class RunLog:
     def __exit__(self, *_) -> None:
         if hasattr(self, "progress"):
             self.progress.close()
+        self.trackers.close()
         self.lock.close()
 
     def step(self, metrics: dict[str, float]) -> None:
@@ -204,6 +208,7 @@ class RunLog:
             finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
             self.unwritten.append(json.dumps(finite) + "\n")
             self.write()
+            self.trackers.step(finite, self.rollouts.rubric)
         said = [f"reward {metrics['reward']:.3f}", f"mismatch {metrics['mismatch_kl']:.0e}"]
         said += [f"KL {metrics['kl']:.3f}"] if "kl" in metrics else []
         seconds = sum(value for name, value in metrics.items() if name.startswith("seconds_"))
@@ -240,14 +245,14 @@ class RunLog:
         say(f"{signal.Signals(number).name}: stopped{where}")
         end_by(number)
 
-    def finish(self, rubric: list[str], checkpoint: Path | None) -> None:
+    def finish(self, checkpoint: Path | None) -> None:
         """Draw the curves, those of the reward and of the rubric's metrics; say where everything is."""
         where = f"checkpoint {checkpoint}, metrics {self.metrics}"
         if self.unwritten:
             self.write()
         try:
             if self.metrics.stat().st_size:
-                where += f", curves {draw_curves(self.metrics, self.folder / 'curves.png', rubric)}"
+                where += f", curves {draw_curves(self.metrics, self.folder / 'curves.png', self.rollouts.rubric)}"
         except (OSError, ValueError) as error:  # a picture must not fail a run
             warnings.warn(f"the curves could not be drawn: {error}")
         say(where)

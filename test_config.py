@@ -10,6 +10,7 @@ import math
 import warnings
 from dataclasses import fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Literal, get_args, get_origin, get_type_hints
 
 import pytest
@@ -44,6 +45,7 @@ IMPOSSIBLE = {
     **dict.fromkeys(("on_mismatch", "on_control_tokens"), ("stop",)),
     "vllm_server_port": (0, 65536), "loss_type": ("ppo",), "scale_rewards": ("both",),
     "env_args": ("{", "red", [1], 7), "processor_kwargs": ("{", [1]), "bf16": ("yes", 1), "seed": (0.5, "x", -1, 2**32),
+    "report_to": ("wandb,mlflow", 1),
     "shard": ("yes", True), "ddp_timeout": (0, INF), "output_dir": (None, 3), "param_dtype": ("float16", "bf16"),
 }  # fmt: skip
 
@@ -282,6 +284,7 @@ LOSS_EFFECTS = {loss_type: lambda **s: moved(**OFF, max_tokens=4, **s)[0] for lo
 ELSEWHERE = {
     "optim": "test_a_setting_costs_a_parameter_the_bytes_that_are_said",
     "param_dtype": "test_param_dtype_is_that_of_the_weights_which_are_loaded",
+    "report_to": "test_a_dashboard_gets_every_number_of_every_step",
     "shard": "test_shards_make_the_update_that_one_process_makes",
     "ddp_timeout": "test_a_rank_that_no_longer_answers_ends_the_others_within_the_timeout",
     "output_dir": "test_a_run_writes_where_it_is_told_as_often_as_it_is_told",
@@ -344,7 +347,7 @@ def test_the_seed_is_also_that_of_sampling_in_this_process():
 
 def test_the_progress_bar_tells_the_mismatch_from_the_kl(tmp_path):
     with RunLog(MultimodalRLConfig(output_dir=str(tmp_path / "run"))) as log:
-        log.start(step=0)
+        log.start(SimpleNamespace(rollouts=SimpleNamespace(rubric=[]), policy=SimpleNamespace(version=0)))
         common = {"reward": 0.25, "mismatch_kl": 1e-3, "zero_spread_fraction": 0.0, "seconds_update": 2.0}
         log.step({"step": 1, "kl": 0.5, **common})
         assert log.progress.postfix == "reward 0.250, mismatch 1e-03, KL 0.500, 2.00 s/step"
@@ -363,7 +366,7 @@ def test_every_setting_has_its_effect_tested():
         "test_optimizers.py",
         "test_resume.py",
     )
-    files += ("test_parallel.py", "test_rows.py", "test_vllm.py")
+    files += ("test_parallel.py", "test_rows.py", "test_trackers.py", "test_vllm.py")
     written = "".join((HERE / name).read_text() for name in files)
     assert all(f"def {test}(" in written for test in ELSEWHERE.values())
     assert all(f.metadata["help"] for f in fields(MultimodalRLConfig))

@@ -35,7 +35,8 @@ MAY_IMPORT = {
     "checks": set(),
     "command_line": set(),
     "faults": set(),
-    "report": {"checkpoint", "checks", "command_line", "faults", "parallel"},
+    "report": {"checkpoint", "checks", "command_line", "faults", "parallel", "trackers"},
+    "trackers": set(),
     "shapes_env": set(),
     "tones_env": set(),
     "tiny_vlm": {"checkpoint"},
@@ -152,6 +153,7 @@ def test_only_the_parts_of_python_and_the_listed_packages_are_imported():
     known |= {"datasets", "httpx", "numpy", "pydantic", "safetensors", "tokenizers", "tqdm"}  # come with those
     known |= {"vllm"}  # where weights go over NCCL
     known |= {"peft"}  # where LoRA adapters are trained
+    known |= {"tensorboard", "wandb", "trackio"}  # where a run reports to them
     known |= {"bitsandbytes"}  # where the optimizer's state is to have 8 bits
     known |= {"tiny_families"}  # of the harness: for the names that are not in tiny_vlm's own table
     for room in ROOMS:
