@@ -18,6 +18,7 @@ import atexit
 import json
 import os
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, replace
@@ -55,10 +56,9 @@ def start(config: MultimodalRLConfig, model: nn.Module | None = None) -> None:
     """Join the other ranks, where there are any. Rank 0 names the output_dir, and it alone writes there; the model gets
     its weights."""
     if LAUNCHED <= os.environ.keys() and not dist.is_initialized():
-        backend = "cpu:gloo"
-        if torch.cuda.is_available():
+        if cuda := torch.cuda.is_available():
             torch.cuda.set_device(device())
-            backend += ",cuda:nccl"
+        backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
         dist.init_process_group(backend, timeout=timedelta(seconds=config.ddp_timeout))
         atexit.register(end)
     config.output_dir = of_first(config.output_dir)
@@ -281,6 +281,7 @@ def shard(on: bool, *policies: Policy | None) -> None:
     """
     if on and not dist.is_initialized():
         raise ValueError("shard=True: there is one process; start it with torchrun --nproc-per-node N mm_grpo.py ...")
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # nothing is done in place with it
     mesh = init_device_mesh(device().type, (ranks(),)) if on else None
     for policy in dict.fromkeys(filter(None, policies)) if on else ():  # with adapters it is its own reference
         model, names = policy.model, getattr(policy.model, "_no_split_modules", None) or ()
