@@ -88,7 +88,7 @@ def test_two_ranks_give_the_run_that_one_gives(runs, tmp_path, settings):
     expect_equal(run(runs, tmp_path / "one", 1, *settings), run(runs, tmp_path / "two", 2, *settings))
 
 
-HALVES = '''
+JUDGE = '''
 import verifiers as vf
 
 def load_environment(bad=()):
@@ -109,7 +109,7 @@ def load_environment(bad=()):
 
 def test_a_rank_that_has_nothing_to_train_on_leaves_the_run_what_it_was(runs, tmp_path):
     """Of two prompts a step the second rank's fails in the first step, the first rank's in the second."""
-    (runs.log.parent / "halves_env.py").write_text(HALVES)  # where its processes look for modules
+    (runs.log.parent / "halves_env.py").write_text(JUDGE)  # where its processes look for modules
     first, second, third, *_ = epoch_order(6, seed=0, epoch=0)
     settings = ["--env_id", "halves_env", "--env_args", json.dumps({"bad": [second, third]}), "--max_steps", "3"]
     settings += ["--rollouts_per_step", "8", "--eval_examples", "0", "--micro_batch_tokens", "100"]
