@@ -261,7 +261,7 @@ SHARDS += [pytest.param(LORA, UNEVEN, marks=needs("peft"))]
 
 @pytest.mark.parametrize(("settings", "shares"), SHARDS)
 def test_shards_make_the_update_that_one_process_makes(runs, tmp_path, settings, shares):
-    settings = dict(settings, updates_per_batch=2, beta=0.1, micro_batch_tokens=150, rollouts_per_step=16)
+    settings = dict(settings, updates_per_batch=2, beta=0.1, micro_batch_tokens=60, rollouts_per_step=16)
     settings |= dict(rollouts_per_example=4, max_tokens=4, learning_rate=3e-4, output_dir=str(tmp_path / "out"))
     batch = batch_of({"num_train_examples": 6}, **settings)
     torch.save((batch, settings), tmp_path / "batch.pt")
