@@ -1,6 +1,6 @@
 """color-codeword-env: a verifiers environment of several turns, each of which has to be looked at and remembered.
 
-Every turn shows squares of one colour each, and each colour stands for a letter. After the last turn the policy says the
+Every turn shows squares of one colour each, and each colour stands for a letter. In the last turn the policy says the
 codeword: the letters of all squares, in order. Place, size, shade and background vary from picture to picture; training
 and evaluation examples come from disjoint random streams.
 
@@ -139,4 +139,5 @@ def load_environment(
 
     train, evaluation = rows("train", num_train_examples), rows("eval", num_eval_examples)
     rubric = make_rubric(chosen, turns)
-    return ColorCodewordEnv(dataset=train, eval_dataset=evaluation, rubric=rubric, parser=rubric.parser, max_turns=turns)
+    shared = dict(rubric=rubric, parser=rubric.parser, max_turns=turns)
+    return ColorCodewordEnv(dataset=train, eval_dataset=evaluation, **shared)
