@@ -45,9 +45,9 @@ def draw_square(colour: str, size: int, rng: random.Random) -> Image.Image:
     return image
 
 
-def joined(words: list[str], code: dict[str, str]) -> str:
-    """A codeword as it is written: letters in one, words with blanks in between."""
-    return ("" if all(len(word) == 1 for word in code.values()) else " ").join(words)
+def separator(code: dict[str, str]) -> str:
+    """What stands between two of a codeword: nothing between letters, a blank between words."""
+    return "" if all(len(word) == 1 for word in code.values()) else " "
 
 
 def make_example(rng: random.Random, turns: int, images_per_turn: int, code: dict[str, str], size: int, blind: bool):
@@ -60,33 +60,29 @@ def make_example(rng: random.Random, turns: int, images_per_turn: int, code: dic
     urls = [png_data_uri(image) for image in images]
     first, *later = [urls[i : i + images_per_turn] for i in range(0, len(urls), images_per_turn)]
     text = START.format(code=" , ".join(f"{colour} is {word}" for colour, word in code.items()))
-    answer = joined([code[colour] for colour in shown], code)
+    answer = separator(code).join(code[colour] for colour in shown)
     return {"prompt": ask(first, text if later else f"{text} {END}"), "answer": answer, "info": {"later": later}}
 
 
 def make_rubric(code: dict[str, str], turns: int) -> vf.Rubric:
     """Partial credit: 0.4 for `letters`, the share that is right in its place; 0.2 for `form`, letters of the code and
     as many as there are; 0.4 for `exact`, the whole codeword and nothing else. All of it of the last turn's reply."""
-    parser = vf.Parser(extract_fn=str.split)
-    known = set(code.values())
+    parser = vf.Parser(extract_fn=str.strip)
+    known, split = set(code.values()), str.split if separator(code) else list
 
     def said(completion, answer) -> tuple[list[str], list[str]]:
-        """(letters of the last reply, those of the codeword); none where a turn is missing."""
+        """Letters of the last turn's reply, none where that turn is missing, and of the codeword."""
         replies = parser.get_assistant_messages(completion)
         reply = parser.parse_answer(replies[-1:]) if len(replies) == turns else None
-        return (reply or []), answer.split()
-
-    def spelled(completion, answer) -> tuple[list[str], list[str]]:
-        reply, right = said(completion, answer)
-        return (list("".join(reply)), list("".join(right))) if joined(["", ""], code) == "" else (reply, right)
+        return split(reply or ""), split(answer)
 
     def letters(completion, answer) -> float:
-        reply, right = spelled(completion, answer)
+        reply, right = said(completion, answer)
         return sum(one == other for one, other in zip(reply, right)) / max(len(reply), len(right))
 
     def form(completion, answer) -> float:
-        reply, right = spelled(completion, answer)
-        return fmean([bool(reply) and known.issuperset(reply), len(reply) == len(right)])
+        reply, right = said(completion, answer)
+        return fmean([reply != [] and known.issuperset(reply), len(reply) == len(right)])
 
     def exact(completion, answer) -> float:
         reply, right = said(completion, answer)

@@ -78,7 +78,7 @@ class SharedPrompts:
 def find_shared_prompts(model: nn.Module, batch: MultimodalBatch, placeholder_ids: Sequence[int]):
     """The `SharedPrompts` of a batch; None where no two rows share one, or the plain forward has to do it.
 
-    Two rows share their prompt when its ids, its media (their spans) and its per-token inputs are equal.
+    Two rows share their prompt when its ids, its media and its per-token inputs are equal.
     """
     reason = why_not_shared(model, batch)
     cuts = None if reason else media_cuts(batch, placeholder_ids)
@@ -113,14 +113,17 @@ def owned(batch: MultimodalBatch, name: str, by_value: bool) -> list:
 
 def split_media(batch: MultimodalBatch, cuts: dict[str, Tensor]) -> tuple[MultimodalBatch, MultimodalBatch | None]:
     """The batch with the media of its prompts alone, and with those behind them alone; None: there are none."""
-    if all(torch.equal(cuts[name], spans[:, 1]) for name, spans in batch.media_spans.items()):
+    starts = prompt_lengths(batch)[:, None]
+    inside = torch.arange(batch.input_ids.shape[1], device=starts.device) < starts  # (B, L)
+    by_token = {name: tensor * inside for name, tensor in batch.media.items() if name not in cuts}
+    same = [torch.equal(tensor, batch.media[name]) for name, tensor in by_token.items()]
+    if all(same) and all(torch.equal(cuts[name], spans[:, 1]) for name, spans in batch.media_spans.items()):
         return batch, None
     before, behind = copy.copy(batch), copy.copy(batch)  # not validated again: parts of a valid batch
     before.media_spans = {name: torch.stack([spans[:, 0], cuts[name]], -1) for name, spans in batch.media_spans.items()}
-    starts, extra = prompt_lengths(batch)[:, None], batch.extra_model_kwargs.items()
-    inside = torch.arange(batch.input_ids.shape[1], device=starts.device) < starts  # (B, L); else no placeholders either
+    # whatever runs these rows whole finds no placeholder without its medium
     before.input_ids = torch.where(inside, batch.input_ids, batch.input_ids.gather(1, starts))
-    before.extra_model_kwargs = {name: value if name in cuts else value * inside for name, value in extra}
+    before.extra_model_kwargs = {**batch.extra_model_kwargs, **by_token}
     behind.media_spans = {name: torch.stack([cuts[name], spans[:, 1]], -1) for name, spans in batch.media_spans.items()}
     return before, behind
 
@@ -140,8 +143,8 @@ def media_cuts(batch: MultimodalBatch, placeholder_ids: Sequence[int]) -> dict[s
     behind = media & (torch.arange(media.shape[1], device=media.device) >= prompt_lengths(batch)[:, None])
     for row in behind.any(-1).nonzero()[:, 0].tolist():
         tokens = media[row, : ends[row]].tolist()
-        before, total = sum(tokens[: starts[row]]), sum(tokens)
-        runs = [len(list(run)) for is_media, run in groupby(tokens) if is_media]
+        before, total, parts = sum(tokens[: starts[row]]), sum(tokens), (tokens[: starts[row]], tokens[starts[row] :])
+        runs = [len(list(run)) for part in parts for is_media, run in groupby(part) if is_media]
         owned = {name: spans[row].tolist() for name, spans in batch.media_spans.items()}
         grids = [name for name, (start, stop) in owned.items() if name.endswith("_grid_thw") and stop > start]
         for name, (start, stop) in owned.items():

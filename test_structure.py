@@ -37,6 +37,7 @@ MAY_IMPORT = {
     "faults": set(),
     "report": {"checkpoint", "checks", "command_line", "faults", "parallel"},
     "shapes_env": set(),
+    "color_codeword_env": {"shapes_env"},
     "tones_env": set(),
     "tiny_vlm": {"checkpoint"},
 }
@@ -135,8 +136,9 @@ def test_all_rooms_together_stay_small():
 
 @pytest.mark.parametrize(
     "name",
-    ["shapes_env.load_environment", "tones_env.load_environment", "adapters.load_model", "local_server.__init__"]
-    + ["vllm_server.__init__", "checkpoint.load_processor", "tiny_vlm.make_tiny", "media.load_image"],
+    ["shapes_env.load_environment", "tones_env.load_environment", "color_codeword_env.load_environment"]
+    + ["adapters.load_model", "local_server.__init__", "vllm_server.__init__", "checkpoint.load_processor"]
+    + ["tiny_vlm.make_tiny", "media.load_image"],
 )
 def test_what_users_call_says_the_types_of_what_it_takes_and_gives(name):
     node = functions(name.partition(".")[0])[name]
