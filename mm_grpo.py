@@ -487,7 +487,7 @@ class Policy(nn.Module):
         super().__init__()
         self.model, self.temperature, self.placeholder_ids, self.bf16 = model, temperature, placeholder_ids, bf16
         self.version = 0
-        self.head_is_last = self.sharing_is_exact = None  # bool, found out with the first batch (that shares prompts)
+        self.head_is_last = self.sharing_is_exact = self.later_media_are_exact = None  # bool, the first batch tells
 
     def forward(self, batch: MultimodalBatch, shared: SharedPrompts | Completions | None = None, cast: bool = True):
         """(logprobs, entropies) of this batch, (B, T) each; without `cast`, in the weights' own precision."""

@@ -16,11 +16,14 @@ T = L - 1 predicted tokens, H hidden size, N trained tokens.
 from __future__ import annotations
 
 import copy
+import functools
+import hashlib
 import inspect
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -50,11 +53,13 @@ class SharedPrompts:
     prompts: MultimodalBatch  # K rows of the batch, one of each prompt, with its media; longer than their prompts
     lengths: Tensor  # (K,) tokens of each prompt
     prompt_of_row: Tensor  # (B,)
+    later: MultimodalBatch | None = None  # the B rows with the media behind their prompts; None: there are none
 
     def select(self, rows: Sequence[int]) -> SharedPrompts:
         """The prompts of these rows."""
         prompts, prompt_of_row = self.prompt_of_row[rows].unique(return_inverse=True)
-        return SharedPrompts(self.prompts.select(prompts), self.lengths[prompts], prompt_of_row)
+        later = None if self.later is None else self.later.select(rows)
+        return SharedPrompts(self.prompts.select(prompts), self.lengths[prompts], prompt_of_row, later)
 
     def to(self, device: torch.device | str) -> SharedPrompts:
         return replace(self, prompts=self.prompts.to(device))
@@ -73,22 +78,87 @@ class SharedPrompts:
 def find_shared_prompts(model: nn.Module, batch: MultimodalBatch, placeholder_ids: Sequence[int]):
     """The `SharedPrompts` of a batch; None where no two rows share one, or the plain forward has to do it.
 
-    Two rows share their prompt when its ids, its media (their spans) and its per-token inputs are equal.
+    Two rows share their prompt when its ids, its media and its per-token inputs are equal.
     """
-    if reason := why_not_shared(model, batch, placeholder_ids):
-        logger.info("prompts are not shared: %s", reason)
+    reason = why_not_shared(model, batch)
+    cuts = None if reason else media_cuts(batch, placeholder_ids)
+    if cuts is None:
+        logger.info("prompts are not shared: %s", reason or "which media stand behind them cannot be told")
         return None
     ids, lengths = batch.input_ids.tolist(), prompt_lengths(batch).tolist()
-    spans = [spans.tolist() for spans in batch.media_spans.values()]
+    batch, later = split_media(batch, cuts)
+    spans = [owned(batch, name, later is not None) for name in batch.media_spans]
     by_token = [tensor.tolist() for name, tensor in batch.media.items() if name not in batch.media_spans]
     prompts: dict[tuple, int] = {}  # all that makes a prompt -> the first row that has it
     first_of_row = []
     for row, length in enumerate(lengths):
-        key = (*(tuple(column[row][:length]) for column in [ids, *by_token]), *(tuple(owned[row]) for owned in spans))
+        key = (*(tuple(column[row][:length]) for column in [ids, *by_token]), *(each[row] for each in spans))
         first_of_row.append(prompts.setdefault(key, row))
     if len(prompts) == len(batch):
         return None
-    return SharedPrompts(batch, torch.tensor(lengths), torch.tensor(first_of_row)).select(range(len(batch)))
+    return SharedPrompts(batch, torch.tensor(lengths), torch.tensor(first_of_row), later).select(range(len(batch)))
+
+
+def owned(batch: MultimodalBatch, name: str, by_value: bool) -> list:
+    """What each row owns of a tensor: equal where it is the same. Rows whose later media differ have copies of their
+    prompt's: these are the same by value."""
+    spans, tensor = batch.media_spans[name].tolist(), batch.media[name].detach()
+
+    @functools.cache
+    def digest(start: int, stop: int) -> bytes:
+        return hashlib.sha256(tensor[start:stop].cpu().contiguous().view(torch.uint8).numpy()).digest()
+
+    return [(stop - start, digest(start, stop)) if by_value else (start, stop) for start, stop in spans]
+
+
+def split_media(batch: MultimodalBatch, cuts: dict[str, Tensor]) -> tuple[MultimodalBatch, MultimodalBatch | None]:
+    """The batch with the media of its prompts alone, and with those behind them alone; None: there are none."""
+    starts = prompt_lengths(batch)[:, None]
+    inside = torch.arange(batch.input_ids.shape[1], device=starts.device) < starts  # (B, L)
+    by_token = {name: tensor * inside for name, tensor in batch.media.items() if name not in cuts}
+    same = [torch.equal(tensor, batch.media[name]) for name, tensor in by_token.items()]
+    if all(same) and all(torch.equal(cuts[name], spans[:, 1]) for name, spans in batch.media_spans.items()):
+        return batch, None
+    before, behind = copy.copy(batch), copy.copy(batch)  # not validated again: parts of a valid batch
+    before.media_spans = {name: torch.stack([spans[:, 0], cuts[name]], -1) for name, spans in batch.media_spans.items()}
+    # whatever runs these rows whole finds no placeholder without its medium
+    before.input_ids = torch.where(inside, batch.input_ids, batch.input_ids.gather(1, starts))
+    before.extra_model_kwargs = {**batch.extra_model_kwargs, **by_token}
+    behind.media_spans = {name: torch.stack([cuts[name], spans[:, 1]], -1) for name, spans in batch.media_spans.items()}
+    return before, behind
+
+
+def media_cuts(batch: MultimodalBatch, placeholder_ids: Sequence[int]) -> dict[str, Tensor] | None:
+    """name -> (B,) where in each row's span the media behind its prompt begin; None: it cannot be told.
+
+    The placeholders tell it. Every run of them has a fixed share of a tensor's rows: patches and tiles always, and what
+    has a row a medium where all of the sequence's are of one size; but grids say themselves how large each is.
+    """
+    ids = batch.input_ids
+    media = torch.isin(ids, torch.tensor(list(placeholder_ids), dtype=torch.long, device=ids.device))
+    for tensor in (tensor for name, tensor in batch.media.items() if name not in batch.media_spans):
+        media = media | (tensor != 0)  # (B, L)
+    cuts = {name: spans[:, 1].clone() for name, spans in batch.media_spans.items()}
+    starts, ends = prompt_lengths(batch).tolist(), batch.attention_mask.sum(-1).tolist()
+    behind = media & (torch.arange(media.shape[1], device=media.device) >= prompt_lengths(batch)[:, None])
+    for row in behind.any(-1).nonzero()[:, 0].tolist():
+        tokens = media[row, : ends[row]].tolist()
+        before, total, parts = sum(tokens[: starts[row]]), sum(tokens), (tokens[: starts[row]], tokens[starts[row] :])
+        runs = [len(list(run)) for part in parts for is_media, run in groupby(part) if is_media]
+        owned = {name: spans[row].tolist() for name, spans in batch.media_spans.items()}
+        grids = [name for name, (start, stop) in owned.items() if name.endswith("_grid_thw") and stop > start]
+        for name, (start, stop) in owned.items():
+            count = before * (stop - start) / total
+            if name in grids:
+                sizes = [0, *batch.media[name][start:stop].prod(-1).cumsum(-1).tolist()]
+                share = before * sizes[-1] / total
+                count = sizes.index(share) if share in sizes else -1
+            elif any(run * (stop - start) % total for run in runs):
+                count = -1
+            if count < 0 or len(grids) > 1 or tokens[-1]:
+                return None
+            cuts[name][row] = start + int(count)
+    return cuts
 
 
 def prompt_lengths(batch: MultimodalBatch) -> Tensor:
@@ -96,7 +166,7 @@ def prompt_lengths(batch: MultimodalBatch) -> Tensor:
     return (batch.loss_mask != 0).int().argmax(-1)
 
 
-def why_not_shared(model: nn.Module, batch: MultimodalBatch, placeholder_ids: Sequence[int]) -> str | None:
+def why_not_shared(model: nn.Module, batch: MultimodalBatch) -> str | None:
     """What keeps this model from running this batch's prompts once each; None: nothing."""
     if not isinstance(model, GenerationMixin):
         return "the model has no key-value cache"
@@ -111,14 +181,9 @@ def why_not_shared(model: nn.Module, batch: MultimodalBatch, placeholder_ids: Se
         return "rows are not padded on the right"
     if not (batch.loss_mask != 0).any(-1).all():
         return "a row has no trained token"
-    by_token = {name: tensor for name, tensor in batch.media.items() if name not in batch.media_spans}
-    media = torch.isin(batch.input_ids, torch.tensor(list(placeholder_ids), dtype=torch.long, device=column.device))
-    for name, tensor in by_token.items():
-        if tensor.shape != (B, L):
+    for name, tensor in batch.media.items():
+        if name not in batch.media_spans and tensor.shape != (B, L):
             return f"{name} is stored by row"
-        media = media | (tensor != 0)
-    if (media & (column >= prompt_lengths(batch)[:, None])).any():
-        return "media stand behind a row's first trained token"
     return None
 
 
@@ -173,9 +238,11 @@ def micro_batches(
     budget = tokens or config.micro_batch_tokens
     shared = find_shared_prompts(policy.model, chosen, policy.placeholder_ids) if config.share_prefix else None
     shared = shared if agreed(policy, shared is not None) else None
-    if shared is not None and policy.sharing_is_exact is None:
-        policy.sharing_is_exact = sharing_is_exact(policy, chosen, shared)
-    if shared is not None and policy.sharing_is_exact is False:
+    # media in what goes on from a prompt are tried by themselves: their positions and masks are the model's own affair
+    verdict = "sharing_is_exact" if shared and agreed(policy, shared.later is None) else "later_media_are_exact"
+    if shared is not None and getattr(policy, verdict) is None:
+        setattr(policy, verdict, sharing_is_exact(policy, chosen, shared))
+    if shared is not None and getattr(policy, verdict) is False:
         logger.info("prompts are not shared: %s gave other numbers or an error", type(policy.model).__name__)
         shared = None
     ends = (chosen.attention_mask != 0) * torch.arange(1, chosen.input_ids.shape[1] + 1)
@@ -186,12 +253,14 @@ def micro_batches(
     blocks, own = [], ends - shared.lengths[shared.prompt_of_row]  # (n,) columns after each row's prompt
     for together in within(budget, shared.lengths.tolist()):
         members = torch.isin(shared.prompt_of_row, torch.tensor(together)).nonzero()[:, 0]
-        block = Block(shared.select(members), [])
+        block = Block(replace(shared, later=None).select(members), [])
         widths = own[members] + block.prompts.lengths.max() // KEY_TOKENS
         for part in within(budget, widths.tolist()):
             of_part = chosen.select(members[part], with_media=False, width=int(ends[members[part]].max()))
-            prompts = replace(block.prompts, prompt_of_row=block.prompts.prompt_of_row[part])
-            block.parts.append(MicroBatch(numbers[members[part]], of_part, Completions.of(of_part, prompts)))
+            later = None if shared.later is None else shared.later.select(members[part])
+            prompts = replace(block.prompts, prompt_of_row=block.prompts.prompt_of_row[part], later=later)
+            completions = Completions.of(policy.model, of_part, prompts)
+            block.parts.append(MicroBatch(numbers[members[part]], of_part, completions))
         blocks.append(block)
     return in_step(policy, blocks)
 
@@ -305,6 +374,8 @@ def compared_rows(batch: MultimodalBatch, shared: SharedPrompts) -> list[int]:
     the second row comes twice."""
     prompts = shared.prompt_of_row
     longest = batch.attention_mask.sum(-1) - shared.lengths[prompts]  # (B,)
+    for spans in shared.later.media_spans.values() if shared.later is not None else ():  # and with media, if any has
+        longest = longest + batch.input_ids.shape[1] * (spans[:, 1] > spans[:, 0])
     row = int((longest * (prompts.bincount()[prompts] > 1)).argmax())
     mate = next(i for i, prompt in enumerate(prompts.tolist()) if prompt == prompts[row] and i != row)
     apart = (shared.lengths - shared.lengths[prompts[row]]).abs()
@@ -377,6 +448,14 @@ def copy_cache(cache: Cache, change: Callable[[Any], Any]) -> Cache:
     return cache
 
 
+def positions_of(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[nn.Module | None, bool]:
+    """(what of the model has `rope_deltas`, whether it places these inputs by itself): with M-RoPE it places images in
+    two dimensions, and leaves behind by how much text after them is moved. Else tokens are counted, without padding."""
+    rope = next((module for module in model.modules() if hasattr(module, "rope_deltas")), None)
+    sections = "mrope_section" in (getattr(model.config.get_text_config(), "rope_parameters", None) or {})
+    return rope, rope is not None and sections and any(name.endswith("_grid_thw") for name in inputs)
+
+
 def run_prompts(model: nn.Module, inputs: dict[str, Tensor]) -> Prefix:
     """Run K distinct prompts through the model once, images included. Gradients flow where they are on.
 
@@ -385,11 +464,7 @@ def run_prompts(model: nn.Module, inputs: dict[str, Tensor]) -> Prefix:
         inputs: keyword arguments of the forward for (K, P) prompts, padded on the left.
     """
     mask = inputs["attention_mask"]
-    # A model with M-RoPE places images in two dimensions by itself and leaves behind by how much text after them is
-    # moved (`rope_deltas`). Everything else counts tokens, without padding.
-    rope = next((module for module in model.modules() if hasattr(module, "rope_deltas")), None)
-    sections = "mrope_section" in (getattr(model.config.get_text_config(), "rope_parameters", None) or {})
-    own_positions = rope is not None and sections and any(name.endswith("_grid_thw") for name in inputs)
+    rope, own_positions = positions_of(model, inputs)
     if rope is not None:
         rope.rope_deltas = None  # what another forward left there belongs to other prompts
     options: dict[str, Any] = {} if own_positions else {"position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
@@ -417,25 +492,40 @@ class Completions:
     inside: Tensor  # (n, C) long, 0 on padding
     trained: tuple[Tensor, Tensor]  # (N,) row, and place in its completion, of each trained token
     columns: Tensor  # (N,) where its logprob stands in the row of T
+    positions: Tensor  # (C - 1,) of the tokens that are run, the first being 0; or (3, n, C - 1)
+    media: dict[str, Tensor]  # that stand there, by argument name of the forward
     T: int
     prefix: Prefix | None = None  # once it has been run
 
     @classmethod
-    def of(cls, batch: MultimodalBatch, shared: SharedPrompts) -> Completions:
+    def of(cls, model: nn.Module, batch: MultimodalBatch, shared: SharedPrompts) -> Completions:
         (_, L), starts = batch.input_ids.shape, shared.lengths[shared.prompt_of_row]  # (n,)
         ids, sampled, ends = batch.input_ids.cpu(), batch.loss_mask.cpu() != 0, batch.attention_mask.sum(-1).cpu()
         C = int((ends - starts).max())  # longest completion
         C += C == 2  # one token alone would take the kernels for decoding, which have no backward: padding goes with it
         columns = starts[:, None] + torch.arange(C)  # (n, C) where in the batch they stand
         row, column = sampled[:, 1:].nonzero(as_tuple=True)
-        completions = ids.gather(1, columns.clamp(max=L - 1)), (columns < ends[:, None]).long()
-        whole = cls(shared.prompt_of_row, *completions, (row, column + 1 - starts[row]), column, L - 1)
+        inside, columns = (columns < ends[:, None]).long(), columns.clamp(max=L - 1)
+        ids, positions, media = ids.gather(1, columns), torch.arange(C - 1), {}
+        if shared.later is not None:
+            inputs = shared.later.to("cpu").model_inputs()
+            for name in inputs.keys() - shared.later.media_spans.keys():
+                inputs[name] = (inputs[name].gather(1, columns) * inside)[:, :-1]
+            rope, own_positions = positions_of(model, inputs)
+            if own_positions:  # text after media goes on as after text: they may be counted from anywhere
+                names = inspect.signature(rope.get_rope_index).parameters.keys() & inputs.keys()
+                positions, _ = rope.get_rope_index(**{name: inputs[name] for name in names})
+            media = {name: inputs[name] for name in inputs.keys() - {"input_ids", "attention_mask"}}
+        trained = row, column + 1 - starts[row]
+        whole = cls(shared.prompt_of_row, ids, inside, trained, column, positions, media, L - 1)
         return whole.to(batch.input_ids.device)
 
     def to(self, device: torch.device | str) -> Completions:
-        tensors = (self.prompt_of_row, self.ids, self.inside, *self.trained, self.columns)
-        prompt_of_row, ids, inside, row, place, columns = (tensor.to(device) for tensor in tensors)
-        return Completions(prompt_of_row, ids, inside, (row, place), columns, self.T, self.prefix)
+        tensors = (self.prompt_of_row, self.ids, self.inside, *self.trained, self.columns, self.positions)
+        prompt_of_row, ids, inside, row, place, columns, positions = (tensor.to(device) for tensor in tensors)
+        media = {name: tensor.to(device) for name, tensor in self.media.items()}
+        trained = row, place
+        return Completions(prompt_of_row, ids, inside, trained, columns, positions, media, self.T, self.prefix)
 
 
 def score_shared(body: nn.Module, batch: MultimodalBatch, shared: SharedPrompts | Completions, logprobs_of: Callable):
@@ -447,7 +537,7 @@ def score_shared(body: nn.Module, batch: MultimodalBatch, shared: SharedPrompts 
 
     Args:
         body: what gives the hidden states (or a whole model, which gives logits).
-        batch: the B rows; their media are not looked at, the prompts have them.
+        batch: the B rows; their media are not looked at, `shared` has them.
         shared: their prompts, or their completions with the prefix that was run before.
         logprobs_of: (hidden (N, H), targets (N,)) -> (logprobs, entropies), (N,) each.
 
@@ -456,7 +546,7 @@ def score_shared(body: nn.Module, batch: MultimodalBatch, shared: SharedPrompts 
     """
     if isinstance(shared, SharedPrompts):
         prefix = run_prompts(body, shared.model_inputs())
-        shared = replace(Completions.of(batch, shared), prefix=prefix)
+        shared = replace(Completions.of(body, batch, shared), prefix=prefix)
     ids, inside = shared.ids, shared.inside
     last, cache, mask, positions = shared.prefix.branch(shared.prompt_of_row)
     hidden = last[:, None]  # (B, 1, H): a prompt's last token predicts each completion's first
@@ -465,8 +555,8 @@ def score_shared(body: nn.Module, batch: MultimodalBatch, shared: SharedPrompts 
             if hasattr(layer, "update_recurrent_state"):
                 layer.update_recurrent_state = lambda states, *args, **kwargs: states
         inputs = dict(input_ids=ids[:, :-1], attention_mask=torch.cat([mask, inside[:, :-1]], dim=1))
-        inputs["position_ids"] = positions + torch.arange(ids.shape[1] - 1, device=ids.device)
-        output = body(**inputs, past_key_values=cache, use_cache=True)
+        inputs["position_ids"] = positions + shared.positions
+        output = body(**inputs, **shared.media, past_key_values=cache, use_cache=True)
         hidden = torch.cat([hidden, output[0]], dim=1)  # (B, C, H)
     scored = logprobs_of(hidden[shared.trained], ids[shared.trained])
     place = (shared.trained[0], shared.columns)

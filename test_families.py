@@ -9,6 +9,7 @@ the table's columns: a prompt that is run once, rollouts in this process. (vLLM'
 import os
 import subprocess
 import sys
+import warnings
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -121,6 +122,35 @@ def test_a_prompt_that_is_run_once_changes_no_logprob_and_no_gradient(family, ma
         for name, gradient in plain_gradients.items():
             assert (gradients[name] - gradient).norm() <= 1e-4 * gradient.norm() + 1e-6 * total, name
     checkpoint_layers(model, False)
+
+
+# Where it cannot be told which media are the prompt's: they are stored in one row, or in tiles of runs that differ
+NOT_TOLD = ("smolvlm", "idefics3", "llama4")
+TALKING = [name for name in SEEING if name != "llava_onevision"]  # which tiles a picture otherwise beside another one
+
+
+@pytest.mark.parametrize("family", TALKING)
+def test_a_picture_behind_a_prompt_that_is_run_once_is_exact_or_left_to_the_plain_forward(family, made):
+    """Whether it is exact is found out apart from prompts without one: Gemma 3 hides a picture's later tokens from its
+    earlier ones where it goes on from a cache, so its rows of one turn share their prompt and those of two do not."""
+    model, adapter = made(family)
+    turns = [[Sample(ONE, (1, 2)), Sample(ONE, (seed, 5))] for seed in (3, 4)]
+    two = adapter.build_batch({"outputs": [rollout(adapter, *both) for both in turns], "metadata": {}})
+    one = build(adapter, [Sample(ONE, (1, 2)), Sample(ONE, (3, 4, 5))])
+    policy, everything = Policy(model, 0.7, adapter.placeholder_ids), torch.ones(2, dtype=torch.bool)
+    config = MultimodalRLConfig()
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        shares = [micro_batches(policy, batch, everything, config)[0].prompts for batch in (one, two, one)]
+    exact = family not in (*NOT_TOLD, "gemma3")
+    assert [prompts is not None for prompts in shares] == [True, exact, True]
+    assert any("cannot be run once for several" in str(each.message) for each in said) == (family == "gemma3")
+    if exact:
+        ways = (None, find_shared_prompts(model, two, adapter.placeholder_ids))
+        (plain, before), (shared, after) = (values_and_gradients(model, adapter, two, way) for way in ways)
+        torch.testing.assert_close(shared, plain, rtol=0, atol=2e-5)  # SAME, magnified by a temperature of 0.7
+        total = torch.stack([gradient.norm() for gradient in before.values()]).norm()
+        assert all((after[n] - g).norm() <= 1e-4 * g.norm() + 1e-6 * total for n, g in before.items())
 
 
 @pytest.mark.parametrize("family", SEEING)

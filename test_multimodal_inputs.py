@@ -375,8 +375,12 @@ def stored_by_row(batch):
     return replace(batch, media_spans={n: spans for n, spans in batch.media_spans.items() if n != name}, **changed)
 
 
-def two_turns_with_images(adapter):
-    return adapter.build_batch({"outputs": 2 * [rollout(adapter, Sample(ONE), Sample(TWO))], "metadata": {}})
+def begins_within_a_picture(adapter):
+    """Two rows whose first trained token is a placeholder: no picture is cut in two."""
+    batch = build(adapter, 2 * [Sample(TWO)])
+    held = (batch.input_ids == adapter.placeholder_ids[0]).int()
+    batch.loss_mask = held * (held.cumsum(-1) == held.sum(-1, keepdim=True))
+    return batch
 
 
 CANNOT_SHARE = {  # (model, adapter, batch) -> batch
@@ -385,7 +389,7 @@ CANNOT_SHARE = {  # (model, adapter, batch) -> batch
         batch, loss_mask=batch.loss_mask * torch.tensor([[1], [0], [1]])
     ),
     "media stored by row": lambda model, adapter, batch: stored_by_row(batch),
-    "an image in a later turn": lambda model, adapter, batch: two_turns_with_images(adapter),
+    "a prompt that ends in an image": lambda model, adapter, batch: begins_within_a_picture(adapter),
     "no prompt twice": lambda model, adapter, batch: batch.select([0, 2]),
     "activation checkpointing": lambda model, adapter, batch: model.train().activation_checkpointing_enable() or batch,
 }
@@ -399,6 +403,40 @@ def test_what_cannot_share_prompts_is_left_to_the_plain_forward(tiny, change):
     assert find_shared_prompts(model, batch, adapter.placeholder_ids) is not None
     batch = CANNOT_SHARE[change](model, adapter, batch)
     assert find_shared_prompts(model, batch, adapter.placeholder_ids) is None
+
+
+TURNS = {  # rollouts, a list of turns each; and how many distinct prompts they have
+    "the same pictures in later turns": (2 * [[Sample(ONE, (1, 2)), Sample(OTHER, (3,))]], 1),
+    "others in each row": ([[Sample(ONE, (1,)), Sample(later, (3, 4))] for later in (OTHER, TWO, ())], 1),
+    "pictures in later turns alone": ([[Sample((), (1, 2)), Sample(ONE, (3,))], [Sample((), (4,)), Sample(TWO)]], 1),
+    "of other sizes": (2 * [[Sample((Picture(90, 40), *ONE), (1,)), Sample((Picture(40, 120, seed=5),))]], 1),
+    "rows of one turn beside them": ([[Sample(ONE), Sample(TWO)], [Sample(ONE, (1,))], *2 * [[Sample(OTHER)]]], 2),
+    "three turns": (2 * [[Sample(ONE, (1,)), Sample(TWO, (2,)), Sample(OTHER, (3,))]], 1),
+}
+
+
+@pytest.mark.parametrize(("conversations", "distinct"), TURNS.values(), ids=TURNS)
+def test_pictures_behind_a_shared_prompt_change_no_logprob_entropy_or_gradient(tiny, conversations, distinct):
+    """What stands before the first sampled token runs once, with its own pictures; all later ones go with their rows.
+    Each row's copy of the prompt's pictures is another one where its later pictures are."""
+    model, adapter = tiny
+    batch = adapter.build_batch({"outputs": [rollout(adapter, *turns) for turns in conversations], "metadata": {}})
+    shared = find_shared_prompts(model, batch, adapter.placeholder_ids)
+    assert len(shared.lengths) == distinct and shared.later is not None
+    plain, plain_gradients = values_and_gradients(model, adapter, batch, None)
+    values, gradients = values_and_gradients(model, adapter, batch, shared)
+    torch.testing.assert_close(values, plain, rtol=0, atol=2e-5)  # SAME, magnified by the temperature of 0.7
+    total = torch.stack([gradient.norm() for gradient in plain_gradients.values()]).norm()
+    for name, gradient in plain_gradients.items():
+        if not zero_in_exact_arithmetic(name):
+            assert (gradients[name] - gradient).norm() <= 1e-4 * gradient.norm() + 1e-7 * total, name
+    seen = []  # pictures that the vision tower is given, a pass each
+    tower = getattr(model.model, "visual", None) or model.model.vision_tower
+    count = lambda module, args, kwargs: seen.append(len(kwargs["grid_thw"] if "grid_thw" in kwargs else args[0]))
+    with tower.register_forward_pre_hook(count, with_kwargs=True), torch.no_grad():
+        score(model, batch, 0.7, adapter.placeholder_ids, shared, chunked=True)
+    first = sum(map(len, {turns[0].pictures for turns in conversations}))
+    assert seen == [*[first] * bool(first), sum(len(turn.pictures) for turns in conversations for turn in turns[1:])]
 
 
 def test_a_model_without_a_key_value_cache_shares_no_prompts():

@@ -248,7 +248,7 @@ def batch_of(env, **settings):
     return replace(batch, rewards=torch.rand(len(batch), generator=torch.Generator().manual_seed(0)))
 
 
-HALVES, UNEVEN, NONE = ([range(8), range(8, 16)], [range(12), range(12, 16)], [range(16), ()])  # rows of two ranks
+HALVES, UNEVEN, NONE = ([range(8), range(8, 16)], [range(12), range(12, 16)], [range(16), ()])  # rollouts of two ranks
 LORA = {"lora_rank": 4, "merge_adapter": True}
 SHARDS = [({}, HALVES), ({}, UNEVEN), ({}, NONE), ({"share_prefix": False}, UNEVEN), ({"share_prefix": False}, NONE)]
 SHARDS += [
@@ -256,6 +256,7 @@ SHARDS += [
     ({"freeze": "visual"}, UNEVEN),
     ({"freeze": r"layers\.0"}, UNEVEN),
 ]
+SHARDS += [({"turns": 2}, UNEVEN), ({"turns": 2}, NONE)]  # a picture in each turn: later ones go with their rows
 SHARDS += [pytest.param(LORA, UNEVEN, marks=needs("peft"))]
 
 
@@ -263,11 +264,14 @@ SHARDS += [pytest.param(LORA, UNEVEN, marks=needs("peft"))]
 def test_shards_make_the_update_that_one_process_makes(runs, tmp_path, settings, shares):
     settings = dict(settings, updates_per_batch=2, beta=0.1, micro_batch_tokens=60, rollouts_per_step=16)
     settings |= dict(rollouts_per_example=4, max_tokens=4, learning_rate=3e-4, output_dir=str(tmp_path / "out"))
-    batch = batch_of({"num_train_examples": 6}, **settings)
+    turns = settings.pop("turns", 1)
+    batch = batch_of({"num_train_examples": 6, "turns": turns}, **settings)
     torch.save((batch, settings), tmp_path / "batch.pt")
     trainer = make_trainer(**settings)
     alone = trainer.update(batch)
-    shares, folder = [list(rows) for rows in shares], tmp_path / "two"
+    assert trainer.policy.later_media_are_exact == (True if turns == 2 else None)
+    rollouts, folder = batch.rollout_ids.tolist(), tmp_path / "two"
+    shares = [[row for row, rollout in enumerate(rollouts) if rollout in part] for part in shares]
     code = SHARDED.format(batch=str(tmp_path / "batch.pt"), shares=shares, folder=str(folder))
     sharded = eval(runs.printed(code, ranks=2))
     assert sharded.keys() == alone.keys()
