@@ -56,6 +56,7 @@ from lora import adapters_off, choose_trained, reference_of
 from media import select_spans, take_spans
 from optimizers import OPTIMIZERS, SCHEDULES, clip_and_step, learning_rates, make_optimizer
 from output_head import head_is_last, in_chunks
+from page import Page
 from recompute import checkpoint_layers
 from report import Clock, RunLog, quiet_libraries, reward_metrics, rollout_metrics, run_log, zero_spread_fraction
 from rollouts import PLACEHOLDER_BIAS, Rollouts, RolloutsAhead, Server
@@ -469,6 +470,8 @@ class MultimodalRLConfig:
     param_dtype: Literal["float32", "bfloat16"] = option("float32", "of the weights; bfloat16: see the README's table")
     seed: Annotated[int, Field(ge=0, lt=2**32)] = option(0, "of prompt order, local sampling, the demo's weights")
     log_every_steps: AtLeast1 = option(1, "steps between lines of metrics.jsonl")
+    report_steps: AtLeast0 = option(50, "steps between writings of report.html; 0: only where the run ends")
+    report_rollouts: AtLeast0 = option(16, "rollouts a step in it, whole groups, at least one; 0: no report")
 
     def __post_init__(self) -> None:
         check_config(self)
@@ -569,6 +572,7 @@ class MultimodalGRPOTrainer:
         self.ref_policy = reference_of(self.policy) if config.beta > 0 else None
         parallel.shard(config.shard, self.policy, self.ref_policy)
         self.device, self.clock = next(model.parameters()).device, Clock()
+        self.page = Page(adapter, config)
         self.optimizer, self.learning_rate = make_optimizer(model.parameters(), config), learning_rates(config)
         names = ("loss_type", "clip_low", "clip_high", "mask_ratio_low", "mask_ratio_high", "beta")
         self.loss = functools.partial(grpo_loss, **{name: getattr(config, name) for name in names})
@@ -595,6 +599,7 @@ class MultimodalGRPOTrainer:
                 metrics = self.update(batch, on_policy=lag == 0)
             self.policy.version += 1
             self.rollouts.sync_when_due()
+        self.page.step(self.policy.version, outputs, batch)
         metrics = {**rollout_metrics(outputs, batch), **metrics, "lag": lag, **self.clock.metrics()}
         return {"step": self.policy.version, **metrics}
 
@@ -616,6 +621,7 @@ class MultimodalGRPOTrainer:
             "weights": token_weights(everyone.loss_mask[:, 1:], config.loss_type, config.max_tokens),  # (B, T)
         }
         own, trained = {name: each[ours].to(self.device) for name, each in whole.items()}, whole["weights"][ours] > 0
+        self.page.advantages = whole["advantages"][ours]
 
         @functools.lru_cache(maxsize=1)
         def blocks(tokens: int) -> list[Block]:
@@ -664,7 +670,9 @@ class MultimodalGRPOTrainer:
     @parallel.leaving()
     def evaluate(self) -> dict[str, float]:
         """Greedy rollouts of the first `eval_examples` evaluation examples: mean reward, mean of each metric."""
-        return reward_metrics(self.rollouts.evaluate()) if self.config.eval_examples else {}
+        if not self.config.eval_examples:
+            return {}
+        return reward_metrics(self.page.evaluation(self.policy.version, self.rollouts.evaluate()))
 
     def train(self, log: RunLog | None = None) -> dict[str, float]:
         """Run up to step `max_steps`; log, evaluate before and after, save. Returns the last evaluation.
@@ -674,7 +682,7 @@ class MultimodalGRPOTrainer:
         config, state = self.config, RunState(self)
         with deferred_signals(announce=True) as came, log or run_log(config) as log:
             self.prepare()
-            log.start(step=self.policy.version)
+            log.start(step=self.policy.version, page=self.page)
             if self.policy.version == 0:
                 log.evaluation("before training", self.evaluate())
             try:

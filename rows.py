@@ -68,6 +68,7 @@ def rollout_rows(outputs, placeholder_ids: Sequence[int] = (), vocab_size=None, 
             rows += of_rollout
         except Unusable as unusable:
             rollout["dropped"], reason = unusable.args
+            rollout["because"] = reason
             dropped.append((rollout["dropped"], f"rollout {i} (example {rollout.get('example_id')}): {reason}"))
     if not rows:
         often, times = (Counter(cause for cause, _ in dropped).most_common(1) or [("nothing", 0)])[0]

@@ -1,0 +1,398 @@
+"""The report of a run: what the policy saw, said and earned, noted in rollouts.jsonl on the way; report.html made of it.
+
+    python report.py RUN        # writes RUN/report.html of a run that has ended or was killed
+
+A line of rollouts.jsonl is a picture, a step or an evaluation; a line comes after the pictures that it names. All text
+in it is somebody else's (an environment's, a policy's): it goes into the page as JSON in which no `<` is left, and from
+there into text nodes alone; and the page lets no script run but its own (Content-Security-Policy, by hash).
+"""
+
+from __future__ import annotations
+
+import base64
+import functools
+import hashlib
+import io
+import itertools
+import json
+import math
+import re
+import warnings
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from checks import fault_of
+from media import MediaRules, load_image, message_parts
+
+if TYPE_CHECKING:
+    from verifiers.types import GenerateOutputs
+
+    from mm_grpo import MultimodalAdapter, MultimodalBatch, MultimodalRLConfig
+
+HERE = Path(__file__).parent
+NOTES_BYTES = 18_000_000  # of rollouts.jsonl; the page adds the curves and its own 80 kB, and stays below 20 MB
+LINE_BYTES = 3_000_000  # of a step or an evaluation, its new pictures included: the first and last two always have room
+PICTURE_BYTES = 10_000  # of a picture; a larger one is shown in fewer pixels, and the page says so
+TEXT_LETTERS = 20_000  # of a text, the middle is left out
+TOKENS = 1_024  # of a turn, the middle is left out
+EVALUATED = 256  # examples of an evaluation
+CURVE_POINTS = 2_000
+SHOWN = ("env_id", "max_steps", "rollouts_per_step", "rollouts_per_example", "loss_type", "learning_rate", "beta")
+SHOWN += ("temperature", "seed", "mask_truncated_completions")  # settings; never env_args, which may hold a judge's key
+
+
+class Page:
+    """Notes a run's rollouts and writes its report. Until `start`, and with `report_rollouts` 0, it does nothing; what
+    goes wrong in it is a warning and ends no run. With more ranks it is the first one's, of its own rollouts.
+
+    Args:
+        adapter: for its tokenizer, and for what pictures its `media_rules` let in.
+        config: see MultimodalRLConfig.
+    """
+
+    def __init__(self, adapter: MultimodalAdapter, config: MultimodalRLConfig):
+        self.adapter, self.config, self.started, self.stale = adapter, config, False, False
+        self.file = Path(config.output_dir) / "rollouts.jsonl"
+        self.advantages: Tensor | None = None  # (B,) of the batch's rows, as the trainer has them
+        self.stride, self.size = 1, 0  # steps between those that are noted; bytes of the file that are whole
+        self.pictures: set[str] = set()  # that the file has
+        self.unwritten: list[str] = []  # lines
+        self.texts: dict[int, list] = {}  # what is shown of each token
+
+    def start(self, step: int) -> None:
+        """Begin after this step: what the file holds of later ones, or of half a line, is made again."""
+        self.started = self.config.report_rollouts > 0
+        if self.started and (lines := [line for line in whole_lines(self.file) if step and step_of(line) <= step]):
+            self.rewrite(lines)
+            noted = [step_of(line) for line in lines if kind_of(line) == "step"]
+            self.stride = max((b - a for a, b in itertools.pairwise(noted[:-1])), default=1)  # the last is any
+        elif self.started:
+            self.file.unlink(missing_ok=True)
+
+    # -- notes
+
+    def step(self, step: int, outputs: GenerateOutputs, batch: MultimodalBatch) -> None:
+        """Note the first whole groups of a trained step, at least one, about `report_rollouts` rollouts."""
+        if self.started and (step % self.stride == 0 or step in (1, self.config.max_steps)):
+            count = max(1, self.config.report_rollouts // self.config.rollouts_per_example)
+            self.note("step", step, groups_of(outputs["outputs"])[:count], batch)
+
+    def evaluation(self, step: int, outputs: GenerateOutputs) -> GenerateOutputs:
+        """Note an evaluation after this step; gives it back."""
+        if self.started:
+            self.note("evaluation", step, groups_of(outputs["outputs"])[:EVALUATED])
+        return outputs
+
+    def note(self, kind: str, step: int, groups: list[dict], batch: MultimodalBatch | None = None) -> None:
+        lines: dict[str, str] = {}  # of new pictures, by name
+        noted, size = [], 0
+        try:
+            rows = {} if batch is None else rows_of(batch, sum(map(len, groups)))
+            for group in groups:
+                before = len(lines)
+                noted.append(json.dumps(self.group(group, rows, batch, lines)))
+                size += len(noted[-1]) + sum(map(len, itertools.islice(lines.values(), before, None)))
+                if size > LINE_BYTES:  # this group's pictures may stay, nobody looks at them
+                    noted.pop()
+                    break
+        except Exception as error:  # rollouts of others may hold anything
+            warnings.warn(f"step {step}: not in the report ({type(error).__name__}: {error})")
+            return
+        line = f'{{"{kind}": {step}, "of": {len(groups)}, "groups": [{", ".join(noted)}]}}\n'
+        self.unwritten += [*lines.values(), line]
+        self.pictures |= lines.keys()
+
+    def group(self, group: dict[int, dict], rows: dict[int, int], batch, lines: dict[str, str]) -> dict[str, Any]:
+        """What is noted of the rollouts of a prompt, by their number in the step; new pictures go into `lines`."""
+        first = next(iter(group.values()))
+        number, leading = next((item for item in group.items() if item[1].get("trajectory")), (0, first))
+        turns = leading.get("trajectory") or [{"prompt": leading.get("prompt")}]
+        sizes = sizes_given(batch, rows[number], self.adapter) if number in rows else []
+        return {
+            "example": cut(first.get("example_id")),
+            "answer": cut(first.get("answer")),
+            "prompt": self.messages(turns[0].get("prompt") or [], lines, sizes),
+            "rollouts": [self.rollout(each, rows.get(i), lines) for i, each in group.items()],
+        }
+
+    def rollout(self, rollout: dict, row: int | None, lines: dict[str, str]) -> dict[str, Any]:
+        fault, turns, seen = fault_of(rollout), [], None
+        for turn in rollout.get("trajectory") or []:
+            prompt = turn.get("prompt") or []
+            new = [] if seen is None else self.messages(prompt[seen + 1 :], lines)  # behind the reply before
+            turns.append({"messages": new, **self.tokens(turn)})
+            seen = len(prompt)
+        return {
+            "reward": number_or_none(rollout.get("reward")),
+            "metrics": {str(name): number_or_none(value) for name, value in (rollout.get("metrics") or {}).items()},
+            "advantage": None if row is None or self.advantages is None else exact(self.advantages[row]),
+            "truncated": bool(rollout.get("is_truncated")),
+            "dropped": fault and [fault[0], cut(rollout.get("because") or fault[1])],
+            "turns": turns,
+        }
+
+    def tokens(self, turn: dict) -> dict[str, Any]:
+        """[text, whether special, id, logprob] of each sampled token, and how many are left out of the middle."""
+        given = turn.get("tokens") or {}
+        ids, logprobs = given.get("completion_ids") or [], given.get("completion_logprobs") or []
+        tokens = [[*self.text(i), i, exact(logprob)] for i, logprob in zip(ids, logprobs)]
+        half = TOKENS // 2
+        return {
+            "tokens": tokens if len(tokens) <= TOKENS else tokens[:half] + tokens[-half:],
+            "left_out": max(len(tokens) - TOKENS, 0),
+        }
+
+    def text(self, token: int) -> list:
+        if not self.texts:  # asked for once: a tokenizer makes these tables anew each time
+            special = {*self.adapter.tokenizer.all_special_ids, *self.adapter.tokenizer.added_tokens_decoder}
+            self.texts = {i: [self.adapter.tokenizer.decode([i]), 1] for i in special}
+        if token not in self.texts:
+            self.texts[token] = [self.adapter.tokenizer.decode([token]), 0]
+        return self.texts[token]
+
+    def messages(self, messages: list, lines: dict[str, str], sizes: Iterable = ()) -> list:
+        """[role, parts] of each message; a part is a text, a picture's name and the size it was given in, or a word."""
+        sizes = iter(sizes)
+        return [[cut(role), [self.part(part, lines, sizes) for part in parts]] for role, parts in message_parts(messages)]
+
+    def part(self, part: dict, lines: dict[str, str], sizes: Iterator) -> dict[str, Any]:
+        if part["type"] == "text":
+            return {"text": cut(part["text"])}
+        url = part["image_url"]["url"] if part["type"] == "image_url" else ""
+        if not url.startswith(("data:", "file:")):  # sound, video; a web address is not asked again for the report
+            return {"other": f"{part['type']} {re.sub('//[^/]*@', '//', url)[:200]}"}
+        name = hashlib.sha256(url.encode()).hexdigest()[:16]
+        if name not in self.pictures and name not in lines:
+            try:
+                image = load_image(url, getattr(self.adapter, "media_rules", MediaRules()))
+            except ValueError as error:
+                return {"other": cut(error)}
+            source, size = encoded(image)
+            lines[name] = json.dumps({"picture": name, "size": image.size, "shown": size, "src": source}) + "\n"
+        return {"picture": name, "given": next(sizes, None)}
+
+    # -- the disk
+
+    def write(self, step: int) -> None:
+        """Append what was noted; write the page where `report_steps` asks for it."""
+        self.append()
+        self.stale = True
+        if self.config.report_steps and step % self.config.report_steps == 0:
+            self.build()
+
+    def finish(self) -> Path | None:
+        """The page as it is to stay, and where it is; None: there is none."""
+        self.append()
+        if self.stale:
+            self.build()
+        there = self.file.with_name("report.html")
+        return there if self.started and there.exists() else None
+
+    def append(self) -> None:
+        """All of what was noted or none of it: a disk that is full ends no run."""
+        if self.unwritten:
+            self.stale = True
+            data, self.unwritten = "".join(self.unwritten).encode(), []
+            try:
+                with self.file.open("ab", buffering=0) as file:
+                    if file.write(data) < len(data):
+                        raise OSError("no space for the whole of it")
+                self.size += len(data)
+                if self.size > NOTES_BYTES:
+                    self.thin()
+            except OSError as error:
+                warnings.warn(f"{self.file}: {error}. The report lacks what was noted last")
+                self.recover()
+
+    def recover(self) -> None:
+        """What was not written whole is not there, and its pictures are noted again."""
+        try:
+            with self.file.open("r+b") as file:
+                file.truncate(self.size)
+            self.pictures = {name_of(line) for line in whole_lines(self.file) if kind_of(line) == "picture"}
+        except OSError:
+            self.started = False  # a disk that cannot even be read: no report of the rest
+
+    def thin(self) -> None:
+        """Make room: every second step is left out from here on, but for the first and the last; of the evaluations
+        all between the first and the last."""
+        while self.size > NOTES_BYTES:
+            self.stride *= 2
+            lines = list(whole_lines(self.file))
+            steps, evaluations = ([step_of(x) for x in lines if kind_of(x) == k] for k in ("step", "evaluation"))
+            kept = {step for step in steps if step % self.stride == 0} | {*steps[:1], *steps[-1:]}
+            ends = {*evaluations[:1], *evaluations[-1:]}
+            of = {"picture": lambda line: True, "step": lambda line: step_of(line) in kept}
+            of["evaluation"] = lambda line: step_of(line) in ends
+            self.rewrite([line for line in lines if of[kind_of(line)](line)])
+            if len(kept) <= 2:
+                return
+
+    def rewrite(self, lines: list[str]) -> None:
+        """The file with these lines, without pictures that none of them shows."""
+        shown = {name for line in lines if kind_of(line) != "picture" for name in NAMED.findall(line)}
+        lines = [line for line in lines if kind_of(line) != "picture" or name_of(line) in shown]
+        write_whole(self.file, "".join(lines))
+        self.size, self.pictures = self.file.stat().st_size, shown
+
+    def build(self) -> None:
+        """Write report.html; a report must not fail a run."""
+        try:
+            if self.started:
+                build(self.file.parent)
+                self.stale = False
+        except (OSError, ValueError) as error:
+            warnings.warn(f"the report could not be written: {error}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is noted
+
+
+def groups_of(rollouts: list[dict]) -> list[dict[int, dict]]:
+    """The rollouts of each prompt, by their number in the step."""
+    groups: dict[Any, dict[int, dict]] = {}
+    for i, rollout in enumerate(rollouts):
+        groups.setdefault(repr(rollout.get("group", rollout.get("example_id"))), {})[i] = rollout
+    return list(groups.values())
+
+
+def rows_of(batch: MultimodalBatch, rollouts: int) -> dict[int, int]:
+    """The last row of the batch of each rollout; none where an adapter does not say which is whose."""
+    ids = range(len(batch)) if batch.rollout_ids is None else batch.rollout_ids.tolist()
+    return {} if batch.rollout_ids is None and len(batch) != rollouts else {rollout: row for row, rollout in enumerate(ids)}
+
+
+def sizes_given(batch: MultimodalBatch, row: int, adapter: MultimodalAdapter) -> list[list[int]]:
+    """[width, height] of each of a row's pictures as the processor gave it to the model; none where its tensors do not
+    say: tiles, several frames, an adapter of another kind."""
+    patch = getattr(getattr(getattr(adapter, "processor", None), "image_processor", None), "patch_size", None)
+    grid, pixels = batch.extra_model_kwargs.get("image_grid_thw"), batch.pixel_values
+    if grid is not None and isinstance(patch, int) and "image_grid_thw" in batch.media_spans:
+        start, stop = batch.media_spans["image_grid_thw"][row].tolist()
+        return [[width * patch, height * patch] for _, height, width in grid[start:stop].tolist()]
+    whole = isinstance(pixels, Tensor) and pixels.ndim == 4 and set(batch.media_spans) == {"pixel_values"}
+    return [[*pixels.shape[:-3:-1]]] * int(torch.diff(batch.media_spans["pixel_values"][row])) if whole else []
+
+
+def encoded(image: Image.Image) -> tuple[str, tuple[int, int]]:
+    """(data URI, size) of a picture in at most PICTURE_BYTES: its very pixels where they fit, else WEBP, else fewer."""
+    for kind, shrink in itertools.chain([("PNG", 1.0)], (("WEBP", 0.7**k) for k in range(12))):
+        if kind == "PNG" and image.width * image.height > 100 * PICTURE_BYTES:
+            continue
+        longest = shrink * min(1024, max(image.size)) if kind == "WEBP" else max(image.size)
+        small = image.copy() if kind == "WEBP" else image
+        small.thumbnail((max(longest, 1), max(longest, 1))) if kind == "WEBP" else None
+        buffer = io.BytesIO()
+        small.save(buffer, kind, **({"quality": 75, "method": 1} if kind == "WEBP" else {}))
+        if buffer.tell() <= PICTURE_BYTES:
+            break
+    return f"data:image/{kind.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}", small.size
+
+
+def cut(text: Any) -> str:
+    """As text of at most TEXT_LETTERS, the middle left out."""
+    text = "" if text is None else str(text)
+    half, more = TEXT_LETTERS // 2, len(text) - TEXT_LETTERS
+    return text if more <= 0 else f"{text[:half]} […{more} letters left out…] {text[-half:]}"
+
+
+def number_or_none(value: Any) -> float | None:
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+
+
+def exact(value: Any) -> float | None:
+    """A float32 in as few digits as say which one it is."""
+    value = np.float32(value)
+    return float(str(value)) if np.isfinite(value) else None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Lines, and the page
+
+LINE = re.compile(r'\{"(picture|step|evaluation)": "?(\w+)')
+NAMED = re.compile(r'\{"picture": "(\w+)", "given"')
+
+
+def kind_of(line: str) -> str:
+    return LINE.match(line)[1]
+
+
+def name_of(line: str) -> str:
+    return LINE.match(line)[2]
+
+
+def step_of(line: str) -> int:
+    return -1 if kind_of(line) == "picture" else int(name_of(line))
+
+
+def whole_lines(file: Path) -> Iterator[str]:
+    """Those of rollouts.jsonl; half a line, where a run was killed, is none."""
+    if file.exists():
+        with file.open(encoding="ascii", errors="replace") as lines:
+            yield from (line for line in lines if line.endswith("}\n") and LINE.match(line))
+
+
+def write_whole(file: Path, text: str) -> None:
+    """The file with this text, or as it was."""
+    fresh = file.with_name(f".{file.name}")
+    try:
+        fresh.write_text(text, encoding="utf-8")
+        fresh.replace(file)
+    except OSError:
+        fresh.unlink(missing_ok=True)
+        raise
+
+
+def as_data(text: str, **names: Any) -> str:
+    """JSON as an element of the page. JSON has `<` in strings alone, where it may be written so."""
+    marks = "".join(f' data-{name}="{value}"' for name, value in names.items())
+    return f'<script type="application/json"{marks}>{text.strip().replace("<", chr(92) + "u003c")}</script>\n'
+
+
+@functools.cache
+def shell() -> tuple[str, str]:
+    """The page before and after its data."""
+    page = (HERE / "page.html").read_text(encoding="utf-8")
+    for name in ("uPlot.LICENSE", "uPlot.min.css", "uPlot.iife.min.js"):
+        page = page.replace(f"/* {name} */", (HERE / "vendor" / name).read_text(encoding="utf-8").strip())
+    scripts = re.findall("<script>(.*?)</script>", page, flags=re.DOTALL)
+    hashes = (base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts)
+    page = page.replace("SCRIPTS", " ".join(f"'sha256-{each}'" for each in hashes), 1)
+    before, after = page.split("<!-- data -->")
+    return before, after
+
+
+def curves(folder: Path) -> dict[str, list]:
+    """metrics.jsonl by name: a value for each of at most CURVE_POINTS steps, evenly chosen, and the last."""
+    file = folder / "metrics.jsonl"
+    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
+    lines = [line for line in lines if line.endswith("}\n")]
+    every = -(-len(lines) // CURVE_POINTS) or 1
+    chosen = [json.loads(line) for line in lines[(len(lines) - 1) % every :: every]]
+    return {name: [line.get(name) for line in chosen] for name in dict.fromkeys(name for x in chosen for name in x)}
+
+
+def build(folder: str | Path) -> Path:
+    """Write the report.html of this run, whole or not at all, from its metrics.jsonl and rollouts.jsonl.
+
+    Raises:
+        FileNotFoundError: the folder holds no run.
+        OSError: it could not be written; an earlier one stays as it is.
+    """
+    folder = Path(folder)
+    if not (folder / "config.json").exists():
+        raise FileNotFoundError(f"{folder}: holds no run (no config.json)")
+    config = json.loads((folder / "config.json").read_text())
+    settings = {name: config[name] for name in SHOWN if name in config}
+    run = {"name": folder.resolve().name, "settings": settings, "curves": curves(folder)}
+    lines = [as_data(line, kind=kind_of(line), name=name_of(line)) for line in whole_lines(folder / "rollouts.jsonl")]
+    before, after = shell()
+    write_whole(folder / "report.html", "".join([before, as_data(json.dumps(run), kind="run"), *lines, after]))
+    return folder / "report.html"
