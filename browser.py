@@ -1,6 +1,6 @@
 """Chromium without a window, over the DevTools protocol: what a report looks like to a reader, for tests and pictures.
 
-    python browser.py RUN FOLDER        # report-light.png and report-dark.png of a finished run, for the README
+python browser.py RUN FOLDER        # report-light.png and report-dark.png of a finished run, for the README
 """
 
 from __future__ import annotations
@@ -32,10 +32,12 @@ class Browser:
         self.folder, self.count, self.rest, self.events = tempfile.mkdtemp(), 0, b"", []
         ours, theirs = os.pipe(), os.pipe()  # (their input's ends, their output's ends)
         os.set_inheritable(ours[0], True), os.set_inheritable(theirs[1], True)
-        flags = f"--headless --no-sandbox --disable-gpu --hide-scrollbars --remote-debugging-pipe --user-data-dir={self.folder}"
+        flags = "--headless --no-sandbox --disable-gpu --hide-scrollbars --remote-debugging-pipe"
         command = f'exec "$0" "$@" 3<&{ours[0]} 4>&{theirs[1]}'
         quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, pass_fds=(ours[0], theirs[1]))
-        self.process = subprocess.Popen(["bash", "-c", command, CHROMIUM, *flags.split()], **quiet)
+        self.process = subprocess.Popen(
+            ["bash", "-c", command, CHROMIUM, *flags.split(), f"--user-data-dir={self.folder}"], **quiet
+        )
         os.close(ours[0]), os.close(theirs[1])
         self.into, self.out, self.session = ours[1], theirs[0], None
         target = self("Target.createTarget", url="about:blank")["targetId"]
@@ -77,10 +79,10 @@ class Browser:
 
     def open(self, page: Path, mark: str = "") -> float:
         """Open a report and wait until it is drawn. Returns the seconds it took, by the clock on the wall."""
-        started = time.perf_counter()
+        started, self.events = time.perf_counter(), []
         self("Page.navigate", url="about:blank")  # another mark alone would not load it again
         self("Page.navigate", url=page.resolve().as_uri() + mark)
-        while not self.js("document.documentElement.dataset.ready"):
+        while not self.js("document.documentElement?.dataset.ready"):
             assert time.perf_counter() - started < 60, self.events[-5:]
             time.sleep(0.01)
         self.js("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
@@ -105,7 +107,10 @@ class Browser:
 def take_pictures(run: Path, folder: Path, step: int | None = None) -> None:
     """The report at its curves, light, and at a step's groups, dark."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name, dark, scroll in (("light", False, ""), ("dark", True, "document.getElementById('steps').scrollIntoView()")):
+    for name, dark, scroll in (
+        ("light", False, ""),
+        ("dark", True, "document.getElementById('steps').scrollIntoView()"),
+    ):
         with Browser(1280, 860, dark) as browser:
             browser.open(run / "report.html", f"#step-{step}" if step else "")
             browser.js(scroll or "0")

@@ -1,4 +1,4 @@
-"""The report of a run: what the policy saw, said and earned, noted in rollouts.jsonl on the way; report.html made of it.
+"""The report of a run: what the policy saw, said and earned, noted in rollouts.jsonl on the way; report.html of it.
 
     python report.py RUN        # writes RUN/report.html of a run that has ended or was killed
 
@@ -68,12 +68,13 @@ class Page:
     def start(self, step: int) -> None:
         """Begin after this step: what the file holds of later ones, or of half a line, is made again."""
         self.started = self.config.report_rollouts > 0
-        if self.started and (lines := [line for line in whole_lines(self.file) if step and step_of(line) <= step]):
-            self.rewrite(lines)
-            noted = [step_of(line) for line in lines if kind_of(line) == "step"]
-            self.stride = max((b - a for a, b in itertools.pairwise(noted[:-1])), default=1)  # the last is any
-        elif self.started:
-            self.file.unlink(missing_ok=True)
+        lines = {line: mark(line) for line in whole_lines(self.file)} if self.started else {}
+        kept = [line for line, (kind, name) in lines.items() if step and (kind == "picture" or int(name) <= step)]
+        if lines:
+            noted = [int(name) for kind, name in map(mark, kept) if kind == "step"]
+            gap = max((b - a for a, b in itertools.pairwise(noted[:-1])), default=1)  # the last may be any
+            self.stride = 1 << (gap - 1).bit_length()
+            self.rewrite(kept)
 
     # -- notes
 
@@ -159,7 +160,9 @@ class Page:
     def messages(self, messages: list, lines: dict[str, str], sizes: Iterable = ()) -> list:
         """[role, parts] of each message; a part is a text, a picture's name and the size it was given in, or a word."""
         sizes = iter(sizes)
-        return [[cut(role), [self.part(part, lines, sizes) for part in parts]] for role, parts in message_parts(messages)]
+        return [
+            [cut(role), [self.part(part, lines, sizes) for part in parts]] for role, parts in message_parts(messages)
+        ]
 
     def part(self, part: dict, lines: dict[str, str], sizes: Iterator) -> dict[str, Any]:
         if part["type"] == "text":
@@ -215,7 +218,7 @@ class Page:
         try:
             with self.file.open("r+b") as file:
                 file.truncate(self.size)
-            self.pictures = {name_of(line) for line in whole_lines(self.file) if kind_of(line) == "picture"}
+            self.pictures = {name for kind, name in map(mark, whole_lines(self.file)) if kind == "picture"}
         except OSError:
             self.started = False  # a disk that cannot even be read: no report of the rest
 
@@ -224,22 +227,22 @@ class Page:
         all between the first and the last."""
         while self.size > NOTES_BYTES:
             self.stride *= 2
-            lines = list(whole_lines(self.file))
-            steps, evaluations = ([step_of(x) for x in lines if kind_of(x) == k] for k in ("step", "evaluation"))
-            kept = {step for step in steps if step % self.stride == 0} | {*steps[:1], *steps[-1:]}
-            ends = {*evaluations[:1], *evaluations[-1:]}
-            of = {"picture": lambda line: True, "step": lambda line: step_of(line) in kept}
-            of["evaluation"] = lambda line: step_of(line) in ends
-            self.rewrite([line for line in lines if of[kind_of(line)](line)])
-            if len(kept) <= 2:
-                return
+            lines = {line: mark(line) for line in whole_lines(self.file)}
+            steps, evaluations = (
+                [each for each in lines.values() if each[0] == kind] for kind in ("step", "evaluation")
+            )
+            kept = {each for each in steps if int(each[1]) % self.stride == 0}
+            kept |= {*steps[:1], *steps[-1:], *evaluations[:1], *evaluations[-1:]}
+            self.rewrite([line for line, each in lines.items() if each in kept or each[0] == "picture"])
+            if len(kept) <= 4:
+                break
 
     def rewrite(self, lines: list[str]) -> None:
         """The file with these lines, without pictures that none of them shows."""
-        shown = {name for line in lines if kind_of(line) != "picture" for name in NAMED.findall(line)}
-        lines = [line for line in lines if kind_of(line) != "picture" or name_of(line) in shown]
-        write_whole(self.file, "".join(lines))
-        self.size, self.pictures = self.file.stat().st_size, shown
+        self.pictures = {name for line in lines if mark(line)[0] != "picture" for name in NAMED.findall(line)}
+        kept = (line for line in lines if mark(line)[0] != "picture" or mark(line)[1] in self.pictures)
+        write_whole(self.file, "".join(kept))
+        self.size = self.file.stat().st_size
 
     def build(self) -> None:
         """Write report.html; a report must not fail a run."""
@@ -266,7 +269,11 @@ def groups_of(rollouts: list[dict]) -> list[dict[int, dict]]:
 def rows_of(batch: MultimodalBatch, rollouts: int) -> dict[int, int]:
     """The last row of the batch of each rollout; none where an adapter does not say which is whose."""
     ids = range(len(batch)) if batch.rollout_ids is None else batch.rollout_ids.tolist()
-    return {} if batch.rollout_ids is None and len(batch) != rollouts else {rollout: row for row, rollout in enumerate(ids)}
+    return (
+        {}
+        if batch.rollout_ids is None and len(batch) != rollouts
+        else {rollout: row for row, rollout in enumerate(ids)}
+    )
 
 
 def sizes_given(batch: MultimodalBatch, row: int, adapter: MultimodalAdapter) -> list[list[int]]:
@@ -283,17 +290,20 @@ def sizes_given(batch: MultimodalBatch, row: int, adapter: MultimodalAdapter) ->
 
 def encoded(image: Image.Image) -> tuple[str, tuple[int, int]]:
     """(data URI, size) of a picture in at most PICTURE_BYTES: its very pixels where they fit, else WEBP, else fewer."""
-    for kind, shrink in itertools.chain([("PNG", 1.0)], (("WEBP", 0.7**k) for k in range(12))):
-        if kind == "PNG" and image.width * image.height > 100 * PICTURE_BYTES:
-            continue
-        longest = shrink * min(1024, max(image.size)) if kind == "WEBP" else max(image.size)
-        small = image.copy() if kind == "WEBP" else image
-        small.thumbnail((max(longest, 1), max(longest, 1))) if kind == "WEBP" else None
-        buffer = io.BytesIO()
-        small.save(buffer, kind, **({"quality": 75, "method": 1} if kind == "WEBP" else {}))
-        if buffer.tell() <= PICTURE_BYTES:
-            break
-    return f"data:image/{kind.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}", small.size
+
+    def saved(image: Image.Image, kind: str, **options: Any) -> bytes:
+        image.save(buffer := io.BytesIO(), kind, **options)
+        return buffer.getvalue()
+
+    kind, small = "png", image
+    few = image.width * image.height <= 100 * PICTURE_BYTES  # no PNG of more is as small, but for a plain one
+    if not few or len(file := saved(image, kind)) > PICTURE_BYTES:
+        for shrink in range(12):
+            kind, small = "webp", image.copy()
+            small.thumbnail([round(1024 * 0.7**shrink)] * 2)
+            if len(file := saved(small, kind, quality=75, method=1)) <= PICTURE_BYTES:
+                break
+    return f"data:image/{kind};base64,{base64.b64encode(file).decode()}", small.size
 
 
 def cut(text: Any) -> str:
@@ -320,16 +330,9 @@ LINE = re.compile(r'\{"(picture|step|evaluation)": "?(\w+)')
 NAMED = re.compile(r'\{"picture": "(\w+)", "given"')
 
 
-def kind_of(line: str) -> str:
-    return LINE.match(line)[1]
-
-
-def name_of(line: str) -> str:
-    return LINE.match(line)[2]
-
-
-def step_of(line: str) -> int:
-    return -1 if kind_of(line) == "picture" else int(name_of(line))
+def mark(line: str) -> tuple[str, str]:
+    """Its kind, and a picture's name or the step."""
+    return LINE.match(line).groups()
 
 
 def whole_lines(file: Path) -> Iterator[str]:
@@ -350,10 +353,10 @@ def write_whole(file: Path, text: str) -> None:
         raise
 
 
-def as_data(text: str, **names: Any) -> str:
+def as_data(text: str, kind: str, name: str = "") -> str:
     """JSON as an element of the page. JSON has `<` in strings alone, where it may be written so."""
-    marks = "".join(f' data-{name}="{value}"' for name, value in names.items())
-    return f'<script type="application/json"{marks}>{text.strip().replace("<", chr(92) + "u003c")}</script>\n'
+    text = text.strip().replace("<", "\\u003c")
+    return f'<script type="application/json" data-kind="{kind}" data-name="{name}">{text}</script>\n'
 
 
 @functools.cache
@@ -392,7 +395,7 @@ def build(folder: str | Path) -> Path:
     config = json.loads((folder / "config.json").read_text())
     settings = {name: config[name] for name in SHOWN if name in config}
     run = {"name": folder.resolve().name, "settings": settings, "curves": curves(folder)}
-    lines = [as_data(line, kind=kind_of(line), name=name_of(line)) for line in whole_lines(folder / "rollouts.jsonl")]
+    lines = [as_data(line, *mark(line)) for line in whole_lines(folder / "rollouts.jsonl")]
     before, after = shell()
-    write_whole(folder / "report.html", "".join([before, as_data(json.dumps(run), kind="run"), *lines, after]))
+    write_whole(folder / "report.html", "".join([before, as_data(json.dumps(run), "run"), *lines, after]))
     return folder / "report.html"
