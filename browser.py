@@ -16,6 +16,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 KEYS = {"ArrowLeft": 37, "ArrowRight": 39, "Home": 36, "End": 35}
 
@@ -115,7 +117,8 @@ def take_pictures(run: Path, folder: Path, step: int | None = None) -> None:
             browser.open(run / "report.html", f"#step-{step}" if step else "")
             browser.js(scroll or "0")
             time.sleep(0.3)
-            browser.picture(folder / f"report-{name}.png")
+            browser.picture(file := folder / f"report-{name}.png")
+            Image.open(file).quantize(128).save(file, optimize=True)  # a third of the bytes
 
 
 if __name__ == "__main__":

@@ -61,16 +61,17 @@ class Page:
         self.file = Path(config.output_dir) / "rollouts.jsonl"
         self.advantages: Tensor | None = None  # (B,) of the batch's rows, as the trainer has them
         self.stride, self.size = 1, 0  # steps between those that are noted; bytes of the file that are whole
-        self.pictures: set[str] = set()  # that the file has
+        self.pictures: set[str] = set()  # that the file has, or will have with `unwritten`
+        self.fresh: dict[str, str] = {}  # lines of others, those of the step at hand
         self.unwritten: list[str] = []  # lines
         self.texts: dict[int, list] = {}  # what is shown of each token
 
     def start(self, step: int) -> None:
         """Begin after this step: what the file holds of later ones, or of half a line, is made again."""
         self.started = self.config.report_rollouts > 0
-        lines = {line: mark(line) for line in whole_lines(self.file)} if self.started else {}
-        kept = [line for line, (kind, name) in lines.items() if step and (kind == "picture" or int(name) <= step)]
-        if lines:
+        if self.started and self.file.exists():
+            lines = {line: mark(line) for line in whole_lines(self.file) if step}
+            kept = [line for line, (kind, name) in lines.items() if kind == "picture" or int(name) <= step]
             noted = [int(name) for kind, name in map(mark, kept) if kind == "step"]
             gap = max((b - a for a, b in itertools.pairwise(noted[:-1])), default=1)  # the last may be any
             self.stride = 1 << (gap - 1).bit_length()
@@ -91,26 +92,24 @@ class Page:
         return outputs
 
     def note(self, kind: str, step: int, groups: list[dict], batch: MultimodalBatch | None = None) -> None:
-        lines: dict[str, str] = {}  # of new pictures, by name
-        noted, size = [], 0
+        noted, self.fresh = [], {}
         try:
-            rows = {} if batch is None else rows_of(batch, sum(map(len, groups)))
+            ids = [] if batch is None or batch.rollout_ids is None else batch.rollout_ids.tolist()
+            rows = {rollout: row for row, rollout in enumerate(ids)}  # the last one of each
             for group in groups:
-                before = len(lines)
-                noted.append(json.dumps(self.group(group, rows, batch, lines)))
-                size += len(noted[-1]) + sum(map(len, itertools.islice(lines.values(), before, None)))
-                if size > LINE_BYTES:  # this group's pictures may stay, nobody looks at them
-                    noted.pop()
+                noted.append(json.dumps(self.group(group, rows, batch)))
+                if sum(map(len, [*noted, *self.fresh.values()])) > LINE_BYTES:
+                    noted.pop()  # its pictures may stay
                     break
         except Exception as error:  # rollouts of others may hold anything
             warnings.warn(f"step {step}: not in the report ({type(error).__name__}: {error})")
             return
         line = f'{{"{kind}": {step}, "of": {len(groups)}, "groups": [{", ".join(noted)}]}}\n'
-        self.unwritten += [*lines.values(), line]
-        self.pictures |= lines.keys()
+        self.unwritten += [*self.fresh.values(), line]
+        self.pictures |= self.fresh.keys()
 
-    def group(self, group: dict[int, dict], rows: dict[int, int], batch, lines: dict[str, str]) -> dict[str, Any]:
-        """What is noted of the rollouts of a prompt, by their number in the step; new pictures go into `lines`."""
+    def group(self, group: dict[int, dict], rows: dict[int, int], batch: MultimodalBatch | None) -> dict[str, Any]:
+        """What is noted of the rollouts of a prompt, by their number in the step."""
         first = next(iter(group.values()))
         number, leading = next((item for item in group.items() if item[1].get("trajectory")), (0, first))
         turns = leading.get("trajectory") or [{"prompt": leading.get("prompt")}]
@@ -118,20 +117,20 @@ class Page:
         return {
             "example": cut(first.get("example_id")),
             "answer": cut(first.get("answer")),
-            "prompt": self.messages(turns[0].get("prompt") or [], lines, sizes),
-            "rollouts": [self.rollout(each, rows.get(i), lines) for i, each in group.items()],
+            "prompt": self.messages(turns[0].get("prompt") or [], sizes),
+            "rollouts": [self.rollout(each, rows.get(i)) for i, each in group.items()],
         }
 
-    def rollout(self, rollout: dict, row: int | None, lines: dict[str, str]) -> dict[str, Any]:
+    def rollout(self, rollout: dict, row: int | None) -> dict[str, Any]:
         fault, turns, seen = fault_of(rollout), [], None
         for turn in rollout.get("trajectory") or []:
             prompt = turn.get("prompt") or []
-            new = [] if seen is None else self.messages(prompt[seen + 1 :], lines)  # behind the reply before
+            new = [] if seen is None else self.messages(prompt[seen + 1 :])  # behind the reply before
             turns.append({"messages": new, **self.tokens(turn)})
             seen = len(prompt)
         return {
-            "reward": number_or_none(rollout.get("reward")),
-            "metrics": {str(name): number_or_none(value) for name, value in (rollout.get("metrics") or {}).items()},
+            "reward": finite(rollout.get("reward")),
+            "metrics": {str(name): finite(value) for name, value in (rollout.get("metrics") or {}).items()},
             "advantage": None if row is None or self.advantages is None else exact(self.advantages[row]),
             "truncated": bool(rollout.get("is_truncated")),
             "dropped": fault and [fault[0], cut(rollout.get("because") or fault[1])],
@@ -157,27 +156,25 @@ class Page:
             self.texts[token] = [self.adapter.tokenizer.decode([token]), 0]
         return self.texts[token]
 
-    def messages(self, messages: list, lines: dict[str, str], sizes: Iterable = ()) -> list:
+    def messages(self, messages: list, sizes: Iterable = ()) -> list:
         """[role, parts] of each message; a part is a text, a picture's name and the size it was given in, or a word."""
-        sizes = iter(sizes)
-        return [
-            [cut(role), [self.part(part, lines, sizes) for part in parts]] for role, parts in message_parts(messages)
-        ]
+        sizes, told = iter(sizes), message_parts(messages)
+        return [[cut(role), [self.part(part, sizes) for part in parts]] for role, parts in told]
 
-    def part(self, part: dict, lines: dict[str, str], sizes: Iterator) -> dict[str, Any]:
+    def part(self, part: dict, sizes: Iterator) -> dict[str, Any]:
         if part["type"] == "text":
             return {"text": cut(part["text"])}
         url = part["image_url"]["url"] if part["type"] == "image_url" else ""
         if not url.startswith(("data:", "file:")):  # sound, video; a web address is not asked again for the report
             return {"other": f"{part['type']} {re.sub('//[^/]*@', '//', url)[:200]}"}
         name = hashlib.sha256(url.encode()).hexdigest()[:16]
-        if name not in self.pictures and name not in lines:
+        if name not in self.pictures | self.fresh.keys():
             try:
                 image = load_image(url, getattr(self.adapter, "media_rules", MediaRules()))
             except ValueError as error:
                 return {"other": cut(error)}
             source, size = encoded(image)
-            lines[name] = json.dumps({"picture": name, "size": image.size, "shown": size, "src": source}) + "\n"
+            self.fresh[name] = json.dumps({"picture": name, "size": image.size, "shown": size, "src": source}) + "\n"
         return {"picture": name, "given": next(sizes, None)}
 
     # -- the disk
@@ -192,7 +189,7 @@ class Page:
     def finish(self) -> Path | None:
         """The page as it is to stay, and where it is; None: there is none."""
         self.append()
-        if self.stale:
+        if self.stale:  # not as new as the run
             self.build()
         there = self.file.with_name("report.html")
         return there if self.started and there.exists() else None
@@ -228,9 +225,8 @@ class Page:
         while self.size > NOTES_BYTES:
             self.stride *= 2
             lines = {line: mark(line) for line in whole_lines(self.file)}
-            steps, evaluations = (
-                [each for each in lines.values() if each[0] == kind] for kind in ("step", "evaluation")
-            )
+            steps = [each for each in lines.values() if each[0] == "step"]
+            evaluations = [each for each in lines.values() if each[0] == "evaluation"]
             kept = {each for each in steps if int(each[1]) % self.stride == 0}
             kept |= {*steps[:1], *steps[-1:], *evaluations[:1], *evaluations[-1:]}
             self.rewrite([line for line, each in lines.items() if each in kept or each[0] == "picture"])
@@ -264,16 +260,6 @@ def groups_of(rollouts: list[dict]) -> list[dict[int, dict]]:
     for i, rollout in enumerate(rollouts):
         groups.setdefault(repr(rollout.get("group", rollout.get("example_id"))), {})[i] = rollout
     return list(groups.values())
-
-
-def rows_of(batch: MultimodalBatch, rollouts: int) -> dict[int, int]:
-    """The last row of the batch of each rollout; none where an adapter does not say which is whose."""
-    ids = range(len(batch)) if batch.rollout_ids is None else batch.rollout_ids.tolist()
-    return (
-        {}
-        if batch.rollout_ids is None and len(batch) != rollouts
-        else {rollout: row for row, rollout in enumerate(ids)}
-    )
 
 
 def sizes_given(batch: MultimodalBatch, row: int, adapter: MultimodalAdapter) -> list[list[int]]:
@@ -313,8 +299,8 @@ def cut(text: Any) -> str:
     return text if more <= 0 else f"{text[:half]} […{more} letters left out…] {text[-half:]}"
 
 
-def number_or_none(value: Any) -> float | None:
-    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+def finite(value: Any) -> float | None:
+    return float(value) if isinstance(value, int | float | np.number) and math.isfinite(value) else None
 
 
 def exact(value: Any) -> float | None:

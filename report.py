@@ -23,7 +23,7 @@ import torch
 
 from checkpoint import changed_settings, read_state, settings_of
 from checks import fault_of
-from command_line import Screen, one_line_errors, say
+from command_line import Screen, say
 from faults import end_by
 from page import build
 from parallel import exchange, rank, ranks
@@ -179,10 +179,9 @@ class RunLog:
         `page` writes the report."""
         from tqdm import tqdm
 
-        self.page = page
         if page is not None:
+            self.page = page
             page.start(step)
-
         kept = [line for line in self.lines() if line["step"] <= step]
         fresh = self.folder / ".metrics.jsonl"
         fresh.write_text("".join(json.dumps(line) + "\n" for line in kept))
@@ -361,8 +360,10 @@ def quiet_libraries() -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Write the report.html of a run that has ended or was killed.")
     parser.add_argument("run", help="its output_dir")
-    with one_line_errors(OSError, ValueError, code=2):
+    try:
         say(str(build(parser.parse_args(argv).run)))
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

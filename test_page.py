@@ -155,7 +155,7 @@ def test_a_reader_sees_the_numbers_of_the_run(finished, browser):
         of_step = browser.js(
             "[...document.querySelectorAll('#numbers span')].map(each => [each.textContent, each.title])"
         )
-        names = [text.split()[0] for text, _ in of_step]
+        names = [text.removeprefix(" · ").split()[0] for text, _ in of_step]
         assert names[:2] == ["reward", "colour"] and "entropy" in names
         assert [float(title) for _, title in of_step] == [lines[number - 1][name] for name in names]
 
@@ -252,11 +252,11 @@ def test_the_page_asks_for_nothing_and_runs_no_script_but_its_own(finished, brow
 
 def test_truncated_and_dropped_ones_are_noted_with_the_reason():
     made = Page(stub("x"), MultimodalRLConfig())
-    dropped = made.rollout(rollout(dropped="media", because="no placeholder"), None, {})
+    dropped = made.rollout(rollout(dropped="media", because="no placeholder"), None)
     assert dropped["dropped"] == ["media", "no placeholder"] and dropped["advantage"] is None
-    failed = made.rollout({**rollout(), "reward": math.nan, "trajectory": []}, None, {})
+    failed = made.rollout({**rollout(), "reward": math.nan, "trajectory": []}, None)
     assert failed["dropped"][0] == "tokens" and failed["reward"] is None and failed["turns"] == []
-    assert made.rollout(rollout(is_truncated=True), None, {})["truncated"]
+    assert made.rollout(rollout(is_truncated=True), None)["truncated"]
 
 
 @in_a_browser
