@@ -11,6 +11,8 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import verifiers as vf
+from datasets import Dataset
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -174,14 +176,23 @@ def test_the_pictures_are_the_ones_the_model_got_and_are_stored_once(finished):
     assert [list(part) for _, parts in later for part in parts] == [["picture", "given"], ["text"]]
 
 
-def test_a_picture_that_the_processor_resizes_says_what_size_the_model_got(tmp_path):
-    trainer = make_trainer("qwen", {"num_train_examples": 8, "image_size": 100}, output_dir=str(tmp_path / "run"),
-                           max_steps=1, eval_examples=0, rollouts_per_step=8, max_tokens=3)  # fmt: skip
+@pytest.mark.parametrize("family", ["qwen", "llava"])
+def test_a_picture_that_the_processor_resizes_says_what_size_the_model_got(family, tmp_path):
+    wide = {"type": "image_url", "image_url": {"url": png_data_uri(Image.new("RGB", (150, 60), "red"))}}
+    rows = Dataset.from_list([{"prompt": message(wide, "Which colour ?"), "answer": "red"}] * 2)
+
+    def right(completion, answer) -> float:
+        return 0.0
+
+    trainer = make_trainer(family, vf.SingleTurnEnv(dataset=rows, rubric=vf.Rubric(funcs=[right])), eval_examples=0,
+                           output_dir=str(tmp_path), max_steps=1, rollouts_per_step=8, max_tokens=3)  # fmt: skip
     trainer.train()
     trainer.close()
-    (part,) = [part for part in noted(tmp_path / "run", "step")[1]["groups"][0]["prompt"][0][1] if "picture" in part]
-    grid = trainer.adapter.encode_prompt(trainer.env.get_dataset()[0]["prompt"]).media.tensors["image_grid_thw"]
-    assert part["given"] == [14 * int(grid[0, 2]), 14 * int(grid[0, 1])] != [100, 100]
+    (part,) = [part for part in noted(tmp_path, "step")[1]["groups"][0]["prompt"][0][1] if "picture" in part]
+    tensors = trainer.adapter.encode_prompt(rows[0]["prompt"]).media.tensors
+    height, width = 14 * tensors["image_grid_thw"][0, 1:] if family == "qwen" else tensors["pixel_values"].shape[-2:]
+    assert part["given"] == [int(width), int(height)] != [150, 60]
+    assert family == "llava" or part["given"][0] > part["given"][1]
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 200), (56, 56), (640, 480), (3000, 2000)])
@@ -382,6 +393,14 @@ def test_what_grows_beyond_the_bound_is_thinned_and_keeps_first_last_and_evaluat
         if "picture" in part
     }
     assert stored == shown
+    config = MultimodalRLConfig(output_dir=str(tmp_path / "run"))
+    resumed = Page(stub("x"), config)
+    resumed.start(200)
+    assert resumed.stride == stride
+    monkeypatch.setattr(page, "NOTES_BYTES", 12_000)
+    resumed.thin()
+    assert [min(noted(tmp_path / "run", "step")), max(noted(tmp_path / "run", "step"))] == [1, 200]
+    assert resumed.stride >= 16  # so that 200 is none of the steps that stay by their number
 
 
 def test_a_line_has_a_bound_of_its_own(tmp_path, monkeypatch):
@@ -450,6 +469,9 @@ def test_a_page_is_written_whole_or_the_one_before_stays(finished, tmp_path, mon
     before = build(tmp_path).read_bytes()
     assert before.replace(tmp_path.name.encode(), b"run") == (finished[0] / "report.html").read_bytes()
     (tmp_path / "rollouts.jsonl").unlink()
+    with (tmp_path / "report.html").open("rb") as opened:  # a reader has it before him while it is written anew
+        assert len(build(tmp_path).read_bytes()) < len(before) == len(opened.read())
+    before = (tmp_path / "report.html").read_bytes()
     write = Path.write_text
 
     def half(self, text, **how):

@@ -130,8 +130,8 @@ def test_no_function_is_longer_than_45_lines_of_code(room):
 def test_all_rooms_together_stay_small():
     """4,200 was the promise until runs could be resumed and faults survived, which took 700 lines and gave back 340;
     prompts that run once an update, gradient checkpointing, the optimizers and the direct client took 490 more; ranks
-    and shards 490, adapters and frozen weights 390, bfloat16 weights 70."""
-    assert sum(len((HERE / f"{room}.py").read_text().splitlines()) for room in ROOMS) <= 6010
+    and shards 490, adapters and frozen weights 390, bfloat16 weights 70, the report 420."""
+    assert sum(len((HERE / f"{room}.py").read_text().splitlines()) for room in ROOMS) <= 6432
 
 
 @pytest.mark.parametrize(
