@@ -194,7 +194,7 @@ FREE = (
     *("shard", "ddp_timeout", "report_to"),
     *("output_dir", "resume_from_checkpoint", "save_steps", "save_total_limit", "eval_steps", "eval_examples"),
     *("max_steps", "log_every_steps", "micro_batch_tokens", "gradient_checkpointing", "max_concurrent"),
-    *("rollout_timeout", "generation_timeout"),
+    *("rollout_timeout", "generation_timeout", "report_steps", "report_rollouts"),
     *("vllm_server_host", "vllm_server_port", "vllm_api_key", "vllm_server_timeout", "weight_sync_dir"),
     *("mismatch_threshold", "on_mismatch", "on_control_tokens", "merge_adapter"),
 )

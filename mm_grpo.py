@@ -55,7 +55,8 @@ from local_server import LocalServer
 from lora import adapters_off, choose_trained, reference_of
 from media import select_spans, take_spans
 from optimizers import OPTIMIZERS, SCHEDULES, clip_and_step, learning_rates, make_optimizer
-from output_head import head_is_last, in_chunks
+from output_head import head_is_last, in_chunks, look_at_head
+from page import Page
 from recompute import checkpoint_layers
 from report import Clock, RunLog, quiet_libraries, reward_metrics, rollout_metrics, run_log, zero_spread_fraction
 from rollouts import PLACEHOLDER_BIAS, Rollouts, RolloutsAhead, Server
@@ -116,8 +117,7 @@ def token_logprobs(
     sampling: the policy that acts is the policy that is trained.
 
     Args:
-        logits: (..., V).
-        targets: (...) token ids.
+        logits, targets: (..., V), and (...) token ids.
         banned_ids: ids for which the server was asked for a logit_bias of -100.
 
     Returns:
@@ -229,8 +229,7 @@ def grpo_loss(
     Args:
         logprobs: (B, T) of the policy in training, with gradient.
         behavior_logprobs: (B, T) of the policy that sampled.
-        advantages: (B,).
-        weights: (B, T) from `token_weights`. Where it is 0 nothing else is looked at.
+        advantages, weights: (B,), and (B, T) from `token_weights`. Where a weight is 0 nothing else is looked at.
         ref_logprobs: (B, T) of the reference policy; needed when beta > 0.
 
     Returns:
@@ -418,6 +417,8 @@ class MultimodalRLConfig:
     eval_steps: AtLeast0 = option(0, "steps between evaluations during training; 0: none")
     eval_examples: AtLeast0 = option(256, "examples of the greedy evaluation before and after training; 0: none")
     log_every_steps: AtLeast1 = option(1, "steps between lines of metrics.jsonl")
+    report_steps: AtLeast0 = option(50, "steps between writings of report.html; 0: only where the run ends")
+    report_rollouts: AtLeast0 = option(16, "rollouts a step in it, whole groups, at least one; 0: no report")
     report_to: str | None = option(None, "dashboards, separated by commas: tensorboard, wandb, trackio; unset: none")
     env_id: str = option("shapes-env", "verifiers environment: any installed one")
     env_args: dict | str | None = option(None, "its arguments, as JSON")  # a dict in Python
@@ -480,8 +481,7 @@ class MultimodalRLConfig:
 
 
 class Policy(nn.Module):
-    """The model as the trainer calls it: `score`, in bfloat16 autocast where asked. What is called is what a wrapper
-    (DistributedDataParallel, FSDP) wraps. `version` counts the steps that it has been trained."""
+    """The model as the trainer calls it and FSDP wraps it: `score`. `version` counts the steps that it was trained."""
 
     def __init__(self, model: nn.Module, temperature: float = 1.0, placeholder_ids: Sequence[int] = (), bf16=False):
         super().__init__()
@@ -491,17 +491,13 @@ class Policy(nn.Module):
 
     def forward(self, batch: MultimodalBatch, shared: SharedPrompts | Completions | None = None, cast: bool = True):
         """(logprobs, entropies) of this batch, (B, T) each; without `cast`, in the weights' own precision."""
-        self.look_at_head(shared.prompts if isinstance(shared, SharedPrompts) else batch)
+        look_at_head(self, shared.prompts if isinstance(shared, SharedPrompts) else batch)
         with torch.autocast(batch.input_ids.device.type, torch.bfloat16, enabled=self.bf16 and cast):
             return score(self.model, batch, self.temperature, self.placeholder_ids, shared, self.head_is_last)
 
-    def look_at_head(self, batch: MultimodalBatch) -> None:
-        if self.head_is_last is None:
-            self.head_is_last = parallel.agreed(self, head_is_last(self.model, batch))
-
     def run_prompts(self, shared: SharedPrompts) -> Prefix:
         """Run these prompts for `forward` to go on from; what goes on from them goes backward before they do."""
-        self.look_at_head(shared.prompts)
+        look_at_head(self, shared.prompts)
         body = self.model.base_model if self.head_is_last else self.model
         with torch.autocast(shared.prompts.input_ids.device.type, torch.bfloat16, enabled=self.bf16):
             return shared_prefix.run_prompts(body, shared.model_inputs()).cut()
@@ -569,7 +565,7 @@ class MultimodalGRPOTrainer:
         self.policy = Policy(model, config.temperature, adapter.placeholder_ids, config.bf16)
         self.ref_policy = reference_of(self.policy) if config.beta > 0 else None
         parallel.shard(config.shard, self.policy, self.ref_policy)
-        self.device, self.clock = next(model.parameters()).device, Clock()
+        self.device, self.clock, self.page = next(model.parameters()).device, Clock(), Page(adapter, config)
         self.optimizer, self.learning_rate = make_optimizer(model.parameters(), config), learning_rates(config)
         names = ("loss_type", "clip_low", "clip_high", "mask_ratio_low", "mask_ratio_high", "beta")
         self.loss = functools.partial(grpo_loss, **{name: getattr(config, name) for name in names})
@@ -596,8 +592,9 @@ class MultimodalGRPOTrainer:
                 metrics = self.update(batch, on_policy=lag == 0)
             self.policy.version += 1
             self.rollouts.sync_when_due()
-        metrics = {**rollout_metrics(outputs, batch), **metrics, "lag": lag, **self.clock.metrics()}
-        return {"step": self.policy.version, **metrics}
+        self.page.step(self.policy.version, outputs, batch)
+        metrics = {"step": self.policy.version, **rollout_metrics(outputs, batch), **metrics, "lag": lag}
+        return metrics | self.clock.metrics()
 
     def update(self, batch: MultimodalBatch, on_policy: bool = True) -> dict[str, float]:
         """Train on one batch: `updates_per_batch` optimizer steps. Returns the metrics of the first one, and those of
@@ -617,6 +614,7 @@ class MultimodalGRPOTrainer:
             "weights": token_weights(everyone.loss_mask[:, 1:], config.loss_type, config.max_tokens),  # (B, T)
         }
         own, trained = {name: each[ours].to(self.device) for name, each in whole.items()}, whole["weights"][ours] > 0
+        self.page.advantages = whole["advantages"][ours]
 
         @functools.lru_cache(maxsize=1)
         def blocks(tokens: int) -> list[Block]:
@@ -665,7 +663,8 @@ class MultimodalGRPOTrainer:
     @parallel.leaving()
     def evaluate(self) -> dict[str, float]:
         """Greedy rollouts of the first `eval_examples` evaluation examples: mean reward, mean of each metric."""
-        return reward_metrics(self.rollouts.evaluate()) if self.config.eval_examples else {}
+        note, step = self.page.evaluation, self.policy.version
+        return reward_metrics(note(step, self.rollouts.evaluate())) if self.config.eval_examples else {}
 
     def train(self, log: RunLog | None = None) -> dict[str, float]:
         """Run up to step `max_steps`; log, evaluate before and after, save. Returns the last evaluation.

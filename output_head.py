@@ -16,8 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from parallel import agreed
+
 if TYPE_CHECKING:
-    from mm_grpo import MultimodalBatch
+    from mm_grpo import MultimodalBatch, Policy
 
 CHUNK_TOKENS = 512  # tokens whose logits exist at once
 COMPARED_TOKENS = 16  # at the end of a prompt, whose logits are made in both ways
@@ -65,3 +67,9 @@ def head_is_last(model: nn.Module, batch: MultimodalBatch) -> bool:
         "forward is used, and all logits of a micro-batch exist at once: if memory ends, lower micro_batch_tokens"
     )
     return False
+
+
+def look_at_head(policy: Policy, batch: MultimodalBatch) -> None:
+    """Find out whether the policy's head is last, where that is not known yet; ranks of a sharded one together."""
+    if policy.head_is_last is None:
+        policy.head_is_last = agreed(policy, head_is_last(policy.model, batch))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import fcntl
 import json
@@ -12,7 +13,7 @@ import signal
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
@@ -24,6 +25,7 @@ from checkpoint import changed_settings, read_state, settings_of
 from checks import fault_of
 from command_line import Screen, say
 from faults import end_by
+from page import build
 from parallel import exchange, rank, ranks
 from trackers import Trackers
 
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
     from verifiers.types import GenerateOutputs
 
     from mm_grpo import MultimodalBatch, MultimodalGRPOTrainer, MultimodalRLConfig
+    from page import Page
 
 
 OF_A_SERVER = ("max_concurrent", "generation_timeout", "sync_to_vllm_every", "weight_sync_dir", "vllm_api_key")
@@ -144,6 +147,7 @@ class RunLog:
             raise OSError(f"output_dir={config.output_dir!r}: cannot be written to ({error}); name another") from None
         self.trackers = Trackers(config.report_to, self.folder, settings_of(config))
         self.unwritten: list[str] = []  # lines of metrics.jsonl
+        self.page: Page | None = None
         self.same_reward = 0  # steps in a row in which no group's rewards differed
 
     def describe(self, trainer: MultimodalGRPOTrainer, demo: Iterable[str]) -> None:
@@ -176,7 +180,8 @@ class RunLog:
         """Begin after the trainer's step: what metrics.jsonl holds of later ones, or of half a line, is made again."""
         from tqdm import tqdm
 
-        self.rollouts, step = trainer.rollouts, trainer.policy.version
+        self.rollouts, self.page, step = trainer.rollouts, trainer.page, trainer.policy.version
+        self.page.start(step)
         kept = [line for line in self.lines() if line["step"] <= step]
         fresh = self.folder / ".metrics.jsonl"
         fresh.write_text("".join(json.dumps(line) + "\n" for line in kept))
@@ -197,6 +202,7 @@ class RunLog:
         return self
 
     def __exit__(self, *_) -> None:
+        self.report()
         if hasattr(self, "progress"):
             self.progress.close()
         self.trackers.close()
@@ -209,6 +215,10 @@ class RunLog:
             self.unwritten.append(json.dumps(finite) + "\n")
             self.write()
             self.trackers.step(finite, self.rollouts.rubric)
+        if self.page is not None:
+            self.page.write(metrics["step"])
+        if self.trackers.backends and metrics["step"] % (self.config.report_steps or self.config.max_steps) == 0:
+            self.trackers.samples(metrics["step"], self.page.samples())
         said = [f"reward {metrics['reward']:.3f}", f"mismatch {metrics['mismatch_kl']:.0e}"]
         said += [f"KL {metrics['kl']:.3f}"] if "kl" in metrics else []
         seconds = sum(value for name, value in metrics.items() if name.startswith("seconds_"))
@@ -239,11 +249,17 @@ class RunLog:
         """Where signals came: end the run as the first of them does, after one line."""
         if not came:
             return
+        self.report()
         number = came[0]
         came.clear()  # it has been dealt with
         where = f"; --resume_from_checkpoint {checkpoint} goes on" if checkpoint else ", without a checkpoint"
         say(f"{signal.Signals(number).name}: stopped{where}")
         end_by(number)
+
+    def report(self) -> str:
+        """Bring the report up to date, if there is one; what is said of it."""
+        written = None if self.page is None else self.page.finish()
+        return f", report {written}" if written else ""
 
     def finish(self, checkpoint: Path | None) -> None:
         """Draw the curves, those of the reward and of the rubric's metrics; say where everything is."""
@@ -255,7 +271,7 @@ class RunLog:
                 where += f", curves {draw_curves(self.metrics, self.folder / 'curves.png', self.rollouts.rubric)}"
         except (OSError, ValueError) as error:  # a picture must not fail a run
             warnings.warn(f"the curves could not be drawn: {error}")
-        say(where)
+        say(where + self.report())
 
 
 class NoLog:
@@ -343,3 +359,16 @@ def quiet_libraries() -> None:
     transformers_logging.set_verbosity_error()
     for name in ("verifiers", "bitsandbytes"):
         logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Write the report.html of a run that has ended or was killed.")
+    parser.add_argument("run", help="its output_dir")
+    try:
+        say(str(build(parser.parse_args(argv).run)))
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+
+
+if __name__ == "__main__":
+    main()

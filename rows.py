@@ -67,8 +67,8 @@ def rollout_rows(outputs, placeholder_ids: Sequence[int] = (), vocab_size=None, 
                 row.media = media_of(row, rollout)
             rows += of_rollout
         except Unusable as unusable:
-            rollout["dropped"], reason = unusable.args
-            dropped.append((rollout["dropped"], f"rollout {i} (example {rollout.get('example_id')}): {reason}"))
+            rollout["dropped"], rollout["because"] = cause, reason = unusable.args
+            dropped.append((cause, f"rollout {i} (example {rollout.get('example_id')}): {reason}"))
     if not rows:
         often, times = (Counter(cause for cause, _ in dropped).most_common(1) or [("nothing", 0)])[0]
         first = next((reason for cause, reason in dropped if cause == often), "none came")

@@ -10,7 +10,6 @@ import math
 import warnings
 from dataclasses import fields, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Literal, get_args, get_origin, get_type_hints
 
 import pytest
@@ -38,7 +37,7 @@ IMPOSSIBLE = {
     "max_image_pixels": (0, -1, 1e6),
     "max_concurrent": (0, -1),
     **dict.fromkeys(("max_steps", "eval_examples", "sync_to_vllm_every"), (-1, 0.5)),
-    **dict.fromkeys(("save_steps", "save_total_limit", "eval_steps"), (-1, 0.5)),
+    **dict.fromkeys(("save_steps", "save_total_limit", "eval_steps", "report_steps", "report_rollouts"), (-1, 0.5)),
     **dict.fromkeys(("weight_decay", "clip_high", "beta"), (-0.1, NAN)),
     "rollouts_per_example": (1, 0), "rollouts_per_step": (0, 4, 12), "clip_low": (-0.1, 1.0, NAN),
     "mask_ratio_low": (-0.1, 1.1, NAN), "mask_ratio_high": (0.9, NAN), "mismatch_threshold": (0.0, NAN, "much"),
@@ -311,6 +310,8 @@ ELSEWHERE = {
     "lora_target_modules": "test_adapters_are_of_the_language_models_linear_layers_or_of_those_that_are_named",
     "merge_adapter": "test_an_old_checkpoint_goes_with_its_merged_model_and_merging_may_change_on_the_way",
     "freeze": "test_frozen_weights_have_no_gradient_no_state_and_no_copy_and_stay_as_they_are",
+    "report_steps": "test_the_report_comes_every_report_steps_and_none_is_made_with_no_rollouts",
+    "report_rollouts": "test_whole_groups_are_noted_about_as_many_as_asked_for",
     "weight_sync_dir": "test_the_weights_file_is_replaced_whole_under_the_folder_that_is_named",
 }
 
@@ -347,7 +348,7 @@ def test_the_seed_is_also_that_of_sampling_in_this_process():
 
 def test_the_progress_bar_tells_the_mismatch_from_the_kl(tmp_path):
     with RunLog(MultimodalRLConfig(output_dir=str(tmp_path / "run"))) as log:
-        log.start(SimpleNamespace(rollouts=SimpleNamespace(rubric=[]), policy=SimpleNamespace(version=0)))
+        log.start(trainer(report_rollouts=0, output_dir=log.config.output_dir))
         common = {"reward": 0.25, "mismatch_kl": 1e-3, "zero_spread_fraction": 0.0, "seconds_update": 2.0}
         log.step({"step": 1, "kl": 0.5, **common})
         assert log.progress.postfix == "reward 0.250, mismatch 1e-03, KL 0.500, 2.00 s/step"
@@ -364,6 +365,7 @@ def test_every_setting_has_its_effect_tested():
         "test_lora.py",
         "test_media.py",
         "test_optimizers.py",
+        "test_page.py",
         "test_resume.py",
     )
     files += ("test_parallel.py", "test_rows.py", "test_trackers.py", "test_vllm.py")
@@ -376,7 +378,7 @@ def test_a_run_writes_where_it_is_told_as_often_as_it_is_told(tmp_path_factory):
     often, seldom = run(tmp_path_factory, max_steps=3), run(tmp_path_factory, max_steps=4, log_every_steps=2)
     assert lines(often) == 3 and lines(seldom) == 2
     assert sorted(path.name for path in often.iterdir()) == [
-        *("checkpoint-3", "config.json", "curves.png", "lock", "metrics.jsonl")
+        *("checkpoint-3", "config.json", "curves.png", "lock", "metrics.jsonl", "report.html", "rollouts.jsonl")
     ]
     assert json.loads((seldom / "config.json").read_text())["log_every_steps"] == 2
 

@@ -21,7 +21,6 @@ import time
 import warnings
 from importlib.util import find_spec
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -638,7 +637,7 @@ def test_lines_that_could_not_be_written_are_written_later(disk):
     config = MultimodalRLConfig(output_dir=str(folder / "run"))
     common = {"reward": 0.0, "mismatch_kl": 0.0, "zero_spread_fraction": 0.0, "long": 10.0**100}
     with RunLog(config) as log:
-        log.start(SimpleNamespace(rollouts=SimpleNamespace(rubric=[]), policy=SimpleNamespace(version=0)))
+        log.start(trainer(report_rollouts=0, output_dir=log.config.output_dir))
         log.step({"step": 1, **common})  # its block has room for a few more, and for a part of one
         with (folder / "full").open("wb", buffering=0) as file, contextlib.suppress(OSError):
             while True:

@@ -16,7 +16,7 @@ HERE = Path(__file__).parent
 MAY_IMPORT = {
     "mm_grpo": {
         *("checkpoint", "checks", "command_line", "faults", "local_server", "lora", "media", "optimizers"),
-        *("output_head", "parallel", "recompute", "report", "rollouts", "rows", "shared_prefix", "vllm_server"),
+        *("output_head", "page", "parallel", "recompute", "report", "rollouts", "rows", "shared_prefix", "vllm_server"),
         "adapters",  # in main() alone: the one circle
     },
     "adapters": {"checkpoint", "lora", "mm_grpo", "media", "rows", "tiny_vlm"},
@@ -27,7 +27,7 @@ MAY_IMPORT = {
     "shared_prefix": {"faults", "parallel", "recompute"},
     "parallel": {"faults"},
     "recompute": set(),
-    "output_head": set(),
+    "output_head": {"parallel"},
     "media": {"checks"},
     "checkpoint": {"lora", "optimizers", "parallel"},
     "lora": {"checks", "parallel"},
@@ -35,7 +35,8 @@ MAY_IMPORT = {
     "checks": set(),
     "command_line": set(),
     "faults": set(),
-    "report": {"checkpoint", "checks", "command_line", "faults", "parallel", "trackers"},
+    "report": {"checkpoint", "checks", "command_line", "faults", "page", "parallel", "trackers"},
+    "page": {"checks", "media"},
     "trackers": set(),
     "shapes_env": set(),
     "color_codeword_env": {"shapes_env"},
@@ -43,7 +44,7 @@ MAY_IMPORT = {
     "tiny_vlm": {"checkpoint"},
 }
 ROOMS = list(MAY_IMPORT)
-HARNESS = {"conftest", "tiny_families"}
+HARNESS = {"browser", "conftest", "tiny_families"}
 
 
 def tree(room: str) -> ast.Module:
@@ -110,7 +111,7 @@ def test_the_command_line_is_the_only_circle_of_imports():
 
 def test_the_method_can_be_read_in_a_sitting():
     lines = (HERE / "mm_grpo.py").read_text().splitlines()
-    assert len(lines) <= 750
+    assert len(lines) <= 758
     assert len((HERE / "adapters.py").read_text().splitlines()) <= 420
     trainer = next(node for node in tree("mm_grpo").body if getattr(node, "name", "") == "MultimodalGRPOTrainer")
     assert trainer.end_lineno - trainer.lineno + 1 <= 220
@@ -132,8 +133,8 @@ def test_all_rooms_together_stay_small():
     """4,200 was the promise until runs could be resumed and faults survived, which took 700 lines and gave back 340;
     prompts that run once an update, gradient checkpointing, the optimizers and the direct client took 490 more; ranks
     and shards 490, adapters and frozen weights 390, bfloat16 weights 70; pictures in each turn behind a shared prompt
-    90, an environment that has them 140."""
-    assert sum(len((HERE / f"{room}.py").read_text().splitlines()) for room in ROOMS) <= 6236
+    90, an environment that has them 140; the report 420, dashboards 150, headings of --help 30."""
+    assert sum(len((HERE / f"{room}.py").read_text().splitlines()) for room in ROOMS) <= 6880
 
 
 @pytest.mark.parametrize(
