@@ -263,7 +263,7 @@ def test_the_page_asks_for_nothing_and_runs_no_script_but_its_own(finished, brow
 
 
 def test_truncated_and_dropped_ones_are_noted_with_the_reason():
-    made = Page(stub("x"), MultimodalRLConfig())
+    made = Page(stub("x", "y", "z"), MultimodalRLConfig())
     dropped = made.rollout(rollout(dropped="media", because="no placeholder"), None)
     assert dropped["dropped"] == ["media", "no placeholder"] and dropped["advantage"] is None
     good = {"prompt_ids": [1], "completion_ids": [2], "completion_logprobs": [-0.5]}
@@ -530,7 +530,9 @@ def test_a_disk_that_is_full_ends_no_run_and_what_was_lost_is_noted_again(tmp_pa
     with pytest.warns(UserWarning, match="no space"):
         written(tmp_path / "run", stub("x"), steps)
     assert noted(tmp_path / "run", "step").keys() == {1, 3}
-    stored = [line for line in whole_lines(tmp_path / "run" / "rollouts.jsonl") if mark(line)[0] == "picture"]
+    stored = [
+        json.loads(line) for line in whole_lines(tmp_path / "run" / "rollouts.jsonl") if mark(line)[0] == "picture"
+    ]
     assert len(stored) == 2
 
 
