@@ -23,6 +23,7 @@ from conftest import make_trainer, message, picture
 from mm_grpo import MultimodalRLConfig
 from page import Page, build, encoded, mark, whole_lines
 from report import RunLog
+from rows import rollout_rows
 from shapes_env import png_data_uri
 
 HERE = Path(__file__).parent
@@ -262,9 +263,16 @@ def test_the_page_asks_for_nothing_and_runs_no_script_but_its_own(finished, brow
 
 
 def test_truncated_and_dropped_ones_are_noted_with_the_reason():
-    made = Page(stub("x"), MultimodalRLConfig())
+    made = Page(stub("x", "y", "z"), MultimodalRLConfig())
     dropped = made.rollout(rollout(dropped="media", because="no placeholder"), None)
     assert dropped["dropped"] == ["media", "no placeholder"] and dropped["advantage"] is None
+    good = {"prompt_ids": [1], "completion_ids": [2], "completion_logprobs": [-0.5]}
+    turns = [{"prompt": message("?"), "is_truncated": False, "tokens": each} for each in (good, None)]
+    step = [rollout(trajectory=[turn]) for turn in turns]
+    with pytest.warns(UserWarning, match="1 of 2 rollouts cannot be trained on"):
+        rollout_rows({"outputs": step})
+    cause, why = made.rollout(step[1], None)["dropped"]  # as `build_batch` marks it
+    assert cause == "tokens" and "return_token_ids" in why and made.rollout(step[0], None)["dropped"] is None
     failed = made.rollout({**rollout(), "reward": math.nan, "trajectory": []}, None)
     assert failed["dropped"][0] == "tokens" and failed["reward"] is None and failed["turns"] == []
     assert made.rollout(rollout(is_truncated=True), None)["truncated"]
@@ -522,15 +530,10 @@ def test_a_disk_that_is_full_ends_no_run_and_what_was_lost_is_noted_again(tmp_pa
     with pytest.warns(UserWarning, match="no space"):
         written(tmp_path / "run", stub("x"), steps)
     assert noted(tmp_path / "run", "step").keys() == {1, 3}
-    stored = [line for line in whole_lines(tmp_path / "run" / "rollouts.jsonl") if mark(line)[0] == "picture"]
+    stored = [
+        json.loads(line) for line in whole_lines(tmp_path / "run" / "rollouts.jsonl") if mark(line)[0] == "picture"
+    ]
     assert len(stored) == 2
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "rollouts.jsonl").symlink_to("/dev/full")  # a device that has never room
-    made = Page(stub("x"), MultimodalRLConfig(output_dir=str(tmp_path / "full")))
-    made.started = True
-    made.note("step", 1, [{0: rollout()}])
-    with pytest.warns(UserWarning, match="No space left"):
-        made.write(1)
 
 
 def test_rollouts_of_any_form_end_no_run(tmp_path):
