@@ -101,7 +101,8 @@ def written(folder: Path, adapter, steps: dict[int, list[dict]], evaluations=(),
     empty = type("Empty", (), {"rollout_ids": None, "__len__": lambda self: 0})()
     metrics = {"reward": 0.5, "mismatch_kl": 0.0, "zero_spread_fraction": 0.0}
     with RunLog(config) as log:
-        log.start(0, made := Page(adapter, config))
+        made, no_rollouts = Page(adapter, config), SimpleNamespace(rubric=[])
+        log.start(SimpleNamespace(policy=SimpleNamespace(version=0), page=made, rollouts=no_rollouts))
         for step, rollouts in steps.items():
             made.step(step, {"outputs": rollouts}, empty)
             log.step({"step": step, **metrics})
