@@ -464,7 +464,7 @@ class MultimodalRLConfig:
     lora_target_modules: str | None = option(None, "a,b: names of layers, or a regex; unset: the language model's")
     merge_adapter: bool = option(False, "checkpoints hold the whole model too, in merged/")
     freeze: str | None = option(None, "regex: parameters in whose published name it is found are not trained")
-    param_dtype: Literal["float32", "bfloat16"] = option("float32", "of the weights; bfloat16: see the README's table")
+    param_dtype: Literal["float32", "bfloat16"] = option("float32", "of the weights; bfloat16: see docs/gpus.md")
     bf16: bool = option(False, "forward passes in bfloat16 autocast; weights and optimizer stay as they are")
     micro_batch_tokens: AtLeast1 = option(8192, "tokens a forward pass; changes memory and speed, not the gradient")
     gradient_checkpointing: bool = option(False, "make activations again in the backward: slower, much less memory")

@@ -1,4 +1,4 @@
-"""Tests of every family of the README's table: tiny models of the real classes, the one `ProcessorAdapter`.
+"""Tests of every family of docs/models.md: tiny models of the real classes, the one `ProcessorAdapter`.
 
     pytest test_families.py
 

@@ -72,9 +72,9 @@ def fitted(optim: str, steps: int, seed: int = 0, dtype: torch.dtype = torch.flo
 
 
 def readme_table() -> dict[tuple[str, str], list[float]]:
-    """Bytes a parameter by the README: (optimizer, type) -> weights, gradients, state, in all, and with a reference."""
-    rows = re.findall(r"^\| `(adamw\w+)`[^|]*\| `(\w+)` \|(.*)\|$", (HERE / "README.md").read_text(), flags=re.M)
-    rows += re.findall(r"^\| (frozen)[^|]*\| `(\w+)` \|(.*)\|$", (HERE / "README.md").read_text(), flags=re.M)
+    """Bytes a parameter by docs/gpus.md: (optimizer, type) -> weights, gradients, state, in all, with a reference."""
+    rows = re.findall(r"^\| `(adamw\w+)`[^|]*\| `(\w+)` \|(.*)\|$", (HERE / "docs/gpus.md").read_text(), flags=re.M)
+    rows += re.findall(r"^\| (frozen)[^|]*\| `(\w+)` \|(.*)\|$", (HERE / "docs/gpus.md").read_text(), flags=re.M)
     return {(optim, dtype): [float(cell) for cell in cells.split("|")] for optim, dtype, cells in rows}
 
 

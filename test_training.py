@@ -1,11 +1,13 @@
 """The whole way: rollouts, updates, command line, README. Does a policy learn to see, and only by seeing?"""
 
+import inspect
 import json
 import math
 import os
 import re
 import subprocess
 import sys
+import textwrap
 from dataclasses import replace
 from pathlib import Path
 
@@ -178,6 +180,17 @@ def test_importing_prints_nothing():
 
 def readme_blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", (HERE / "README.md").read_text(), flags=re.DOTALL)
+
+
+def test_the_step_in_the_readme_is_the_one_in_the_file():
+    step = textwrap.dedent(inspect.getsource(MultimodalGRPOTrainer.step.__wrapped__))
+    assert step in readme_blocks("python")
+
+
+def test_the_pages_that_the_readme_names_are_there_and_their_pictures_too():
+    pages = [HERE / "README.md", *(HERE / "docs").glob("*.md")]
+    links = [(page, link) for page in pages for link in re.findall(r"\]\(([^)#:]+)\)", page.read_text())]
+    assert len(links) > 10 and [link for page, link in links if not (page.parent / link).exists()] == []
 
 
 def test_the_usage_example_of_the_readme_runs_as_written(tmp_path, monkeypatch):

