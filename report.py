@@ -256,22 +256,28 @@ class RunLog:
         say(f"{signal.Signals(number).name}: stopped{where}")
         end_by(number)
 
-    def report(self) -> str:
-        """Bring the report up to date, if there is one; what is said of it."""
-        written = None if self.page is None else self.page.finish()
-        return f", report {written}" if written else ""
+    def report(self) -> Path | None:
+        """Bring the report up to date; where it is, if there is one."""
+        return None if self.page is None else self.page.finish()
 
     def finish(self, checkpoint: Path | None) -> None:
-        """Draw the curves, those of the reward and of the rubric's metrics; say where everything is."""
-        where = f"checkpoint {checkpoint}, metrics {self.metrics}"
+        """Draw the curves, those of the reward and of the rubric's metrics; say what can be done now."""
         if self.unwritten:
             self.write()
+        shown = [f"numbers {self.metrics}"]
         try:
             if self.metrics.stat().st_size:
-                where += f", curves {draw_curves(self.metrics, self.folder / 'curves.png', self.rollouts.rubric)}"
+                curves = draw_curves(self.metrics, self.folder / "curves.png", self.rollouts.rubric)
+                shown.insert(0, f"curves {curves}")
         except (OSError, ValueError) as error:  # a picture must not fail a run
             warnings.warn(f"the curves could not be drawn: {error}")
-        say(where + self.report())
+        page = self.report()
+        say(f"look at it: {page} ({', '.join(shown)})" if page else f"look at it: {', '.join(shown)}")
+        name = "NAME"
+        if checkpoint is not None:
+            name, theirs = str(checkpoint), any(checkpoint.glob("*config.json"))  # a model's, or peft's
+            say(f"load it: {f'transformers.AutoModelForMultimodalLM.from_pretrained({name!r})' if theirs else name}")
+        say(f"train your own: python mm_grpo.py --model {name} --env_id YOUR-ENVIRONMENT (or any other model)")
 
 
 class NoLog:

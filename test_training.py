@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import shlex
 import subprocess
 import sys
 import textwrap
@@ -13,9 +14,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 import verifiers as vf
 from datasets import Dataset
-from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
+from transformers import AutoImageProcessor, AutoTokenizer
 
 from conftest import DEMONSTRATIONS, make_trainer
 from mm_grpo import DEMO, MultimodalGRPOTrainer, MultimodalRLConfig
@@ -136,7 +138,7 @@ def test_a_lost_image_shows_as_mismatch():
 # -- command line
 
 
-def test_the_command_line_trains_and_leaves_a_checkpoint_that_loads(runs, tmp_path):
+def test_the_command_line_trains_and_ends_with_what_can_be_done_now(runs, tmp_path, monkeypatch):
     screen = run("--adapter", "llava", "--max_steps", "2", "--eval_examples", "8", "--output_dir", "out", cwd=tmp_path)
     assert "before training" in screen and "after training" in screen and "training: 100%" in screen
     assert "Warning" not in screen and "Traceback" not in screen
@@ -145,13 +147,21 @@ def test_the_command_line_trains_and_leaves_a_checkpoint_that_loads(runs, tmp_pa
     assert [line["step"] for line in lines] == [1, 2] and all(math.isfinite(line["loss"]) for line in lines)
     assert (out / "curves.png").stat().st_size > 1000
     assert json.loads((out / "config.json").read_text())["max_steps"] == 2
-    model = AutoModelForImageTextToText.from_pretrained(out / "checkpoint-2")
     tokenizer = AutoTokenizer.from_pretrained(out / "checkpoint-2")
     AutoImageProcessor.from_pretrained(out / "checkpoint-2")
-    # and the checkpoint can be trained on, by name
-    arguments = "--adapter llava --model out/checkpoint-2 --max_steps 1 --eval_examples 0 --max_tokens 3".split()
+    # the last three lines on the screen are what can be done now, and each can be
+    look, load, train = (
+        line.partition(": ")[2] for line in screen.splitlines() if re.match("look|load|train your", line)
+    )
+    assert look == "out/report.html (curves out/curves.png, numbers out/metrics.jsonl)"
+    assert (out / "report.html").exists()
+    monkeypatch.chdir(tmp_path)
+    model = eval(load, {"transformers": transformers})
+    again = shlex.split(train.partition(" (")[0].replace("YOUR-ENVIRONMENT", "shapes-env"))
+    assert again[:2] == ["python", "mm_grpo.py"]
+    few = "--max_steps 1 --eval_examples 0 --max_tokens 3 --rollouts_per_step 16 --output_dir again".split()
     said = len(runs.said())
-    runs.start(*arguments, "--rollouts_per_step", "16", "--output_dir", "again", cwd=tmp_path)
+    runs.start(*again[2:], *few, cwd=tmp_path)
     assert runs.end() == 0, runs.said()[said:]
     assert type(model).__name__ in runs.said()[said:] and tokenizer.eos_token == "</s>"
     # an earlier run is never overwritten
