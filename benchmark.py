@@ -24,6 +24,7 @@ from __future__ import annotations
 import argparse
 import base64
 import copy
+import inspect
 import io
 import re
 import resource
@@ -414,8 +415,12 @@ def trl_trainer(trainer: MultimodalGRPOTrainer, folder: str, steps: int, now: di
     config, rubric = trainer.config, make_rubric()
 
     def reward(completions, completion_ids, answer, **_) -> list[float]:
-        weighted = list(zip(rubric.funcs, rubric.weights))
-        values = [sum(weight * f(*pair) for f, weight in weighted) for pair in zip(completions, answer)]
+        values = []
+        for completion, ids, right in zip(completions, completion_ids, answer):
+            cut_off = ids[-1] != trainer.tokenizer.eos_token_id
+            given = dict(completion=completion, answer=right, state={"trajectory": [{"is_truncated": cut_off}]})
+            needed = [{name: given[name] for name in inspect.signature(f).parameters} for f in rubric.funcs]
+            values.append(sum(w * f(**those) for f, w, those in zip(rubric.funcs, rubric.weights, needed)))
         now["rollouts"] += len(values)
         now["tokens"] += sum(map(len, completion_ids))
         now["reward"] = statistics.fmean(values)

@@ -22,7 +22,7 @@ import math
 import random
 import re
 from collections.abc import Collection
-from itertools import zip_longest
+from itertools import chain, repeat, zip_longest
 from statistics import fmean
 
 import verifiers as vf
@@ -91,7 +91,8 @@ def make_example(rng: random.Random, image_size: int, images_per_prompt: int, bl
 
 
 def make_rubric(colours: Collection[str] = COLOURS) -> vf.Rubric:
-    """Partial credit: 0.4 for the colour, 0.4 for the shape, 0.2 for the form; `exact` is a metric and has no weight.
+    """Partial credit: 0.4 for the colour, 0.4 for the shape, 0.2 for the form (a colour, a shape, two words, an end of
+    its own: the token that a reply was cut off with may not show in its text). `exact` is a metric and has no weight.
     Each is the mean over the turns, so that what is chance for one turn is chance for two: `exact` is 1 where every
     reply is exact, 0.5 where one of two is. A turn without a reply counts 0."""
     parser = vf.Parser(extract_fn=lambda text: text.split())
@@ -107,11 +108,13 @@ def make_rubric(colours: Collection[str] = COLOURS) -> vf.Rubric:
     def shape(completion, answer) -> float:
         return fmean(words[1:2] == right[1:] for words, right in turns(completion, answer))
 
-    def well_formed(first: str = "", second: str = "", *more: str) -> float:
-        return fmean([first in colours, second in SHAPES, second != "" and not more])
+    def well_formed(ended: bool, first: str = "", second: str = "", *more: str) -> float:
+        return fmean([first in colours, second in SHAPES, second != "" and not more, ended])
 
-    def form(completion, answer) -> float:
-        return fmean(well_formed(*words) for words, _ in turns(completion, answer))
+    def form(completion, answer, state) -> float:
+        ended = [not step["is_truncated"] for step in state["trajectory"]]
+        said = zip(turns(completion, answer), chain(ended, repeat(False)))
+        return fmean(well_formed(stopped, *words) for (words, _), stopped in said)
 
     def exact(completion, answer) -> float:
         return fmean(words == right for words, right in turns(completion, answer))

@@ -136,7 +136,7 @@ def test_torchrun_starts_ranks_and_one_of_them_speaks(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     (said,) = [line for line in done.stdout.splitlines() if line.startswith("Qwen2VL")]
     assert said.endswith("on cpu, the first of 2 ranks") and done.stdout.count("after training: reward") == 1
-    folder = HERE / re.search(r"checkpoint (\S+)/checkpoint-2,", done.stdout)[1]
+    folder = HERE / re.search(r"'(\S+)/checkpoint-2'", done.stdout)[1]
     assert len(metrics(folder)) == 2
     shutil.rmtree(folder)
 

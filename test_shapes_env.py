@@ -11,7 +11,7 @@ import pytest
 import torch
 import verifiers as vf
 
-from conftest import message, picture
+from conftest import message, picture, turns
 from media import load_image
 from shapes_env import COLOURS, load_environment, make_rubric
 
@@ -127,20 +127,24 @@ def test_the_tiny_checkpoints_know_every_word_of_both_questions(tiny, images_per
     [
         ("red circle", 1, 1, 1, 1), ("red square", 1, 0, 1, 0),
         ("blue circle", 0, 1, 1, 0), ("blue square", 0, 0, 1, 0),
-        ("red", 1, 0, 1 / 3, 0), ("circle", 0, 0, 0, 0),
-        ("circle red", 0, 0, 1 / 3, 0), ("red circle red", 1, 1, 2 / 3, 0),
-        ("a red circle", 0, 0, 0, 0), ("  red \n circle ", 1, 1, 1, 1), ("", 0, 0, 0, 0), (None, 0, 0, 0, 0),
+        ("red", 1, 0, 1 / 2, 0), ("circle", 0, 0, 1 / 4, 0),
+        ("circle red", 0, 0, 1 / 2, 0), ("red circle red", 1, 1, 3 / 4, 0),
+        ("a red circle", 0, 0, 1 / 4, 0), ("  red \n circle ", 1, 1, 1, 1),
+        ("", 0, 0, 1 / 4, 0), (None, 0, 0, 1 / 4, 0),
     ],
 )  # fmt: skip
 def test_the_rubric_gives_partial_credit_for_colour_shape_and_form(content, colour, shape, form, exact):
-    rubric, state = make_rubric(), {"prompt": message("?"), "answer": "red circle", "trajectory": []}
-    state["completion"] = [{"role": "assistant", "content": content}]
+    rubric, state = make_rubric(), {"prompt": message("?"), "answer": "red circle"}
+    state |= {"completion": [{"role": "assistant", "content": content}], "trajectory": turns(False)}
     asyncio.run(rubric.score_group([state]))
     assert state["metrics"] == pytest.approx({"colour": colour, "shape": shape, "form": form, "exact": exact})
     *partial, whole = rubric.weights
     assert sum(partial) == pytest.approx(1) and min(partial) > 0 == whole
     expected = sum(weight * value for weight, value in zip(partial, (colour, shape, form)))
     assert state["reward"] == pytest.approx(expected)
+    state["trajectory"] = turns(True)  # the same text, cut off: what follows it may not be seen in it
+    asyncio.run(rubric.score_group([state]))
+    assert state["metrics"] == pytest.approx({"colour": colour, "shape": shape, "form": form - 1 / 4, "exact": exact})
 
 
 @pytest.mark.parametrize(
@@ -149,22 +153,27 @@ def test_the_rubric_gives_partial_credit_for_colour_shape_and_form(content, colo
         (["red circle", "blue square"], 1, 1, 1, 1), (["red circle", "blue circle"], 1, 1 / 2, 1, 1 / 2),
         (["red circle", "red circle"], 1 / 2, 1 / 2, 1, 1 / 2),  # the second picture not looked at
         (["blue square", "red circle"], 0, 0, 1, 0),  # each the answer to the other question
-        (["red", "blue square"], 1, 1 / 2, 2 / 3, 1 / 2), (["red square", "blue circle"], 1, 0, 1, 0),
+        (["red", "blue square"], 1, 1 / 2, 3 / 4, 1 / 2), (["red square", "blue circle"], 1, 0, 1, 0),
         (["red circle"], 1 / 2, 1 / 2, 1 / 2, 1 / 2), (["blue square"], 0, 0, 1 / 2, 0),  # no second reply
-        (["red circle", ""], 1 / 2, 1 / 2, 1 / 2, 1 / 2), (["", "blue square"], 1 / 2, 1 / 2, 1 / 2, 1 / 2),
-        ([None, "a"], 0, 0, 0, 0), (["red circle blue square", ""], 1 / 2, 1 / 2, 1 / 3, 0), ([], 0, 0, 0, 0),
+        (["red circle", ""], 1 / 2, 1 / 2, 5 / 8, 1 / 2), (["", "blue square"], 1 / 2, 1 / 2, 5 / 8, 1 / 2),
+        ([None, "a"], 0, 0, 1 / 4, 0), (["red circle blue square", ""], 1 / 2, 1 / 2, 1 / 2, 0), ([], 0, 0, 0, 0),
     ],
 )  # fmt: skip
 def test_the_rubric_of_two_turns_is_the_mean_of_both_and_a_missing_reply_earns_nothing(
     replies, colour, shape, form, exact
 ):
     """What the user says in between, here the second answer itself, is nobody's reply."""
-    rubric, state = make_rubric(), {"prompt": message("?"), "answer": "red circle\nblue square", "trajectory": []}
+    rubric, state = make_rubric(), {"prompt": message("?"), "answer": "red circle\nblue square"}
+    state["trajectory"] = turns(*[False for _ in replies])
     said = [{"role": "assistant", "content": reply} for reply in replies]
     state["completion"] = said[:1] + message(picture(2), "blue square") + said[1:]
     asyncio.run(rubric.score_group([state]))
     assert state["metrics"] == pytest.approx({"colour": colour, "shape": shape, "form": form, "exact": exact})
     assert state["reward"] == pytest.approx(0.4 * colour + 0.4 * shape + 0.2 * form)
+    if replies:  # an end is each reply's own
+        state["trajectory"] = turns(*[False for _ in replies[1:]], True)
+        asyncio.run(rubric.score_group([state]))
+        assert state["metrics"]["form"] == pytest.approx(form - 1 / 8)
 
 
 @pytest.mark.parametrize(
