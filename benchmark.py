@@ -9,6 +9,7 @@ P + G * C tokens with one image, logits for the completions alone.
                                         # lengths, micro-batches; peak memory against G; gradient checkpointing
     python benchmark.py --trl           # either of them beside TRL's own loss on the same tensors (pip install trl)
     python benchmark.py --end_to_end    # instead: the demonstration's whole step beside TRL's GRPOTrainer
+    python benchmark.py --ragged --size small --runs 1           # what is printed, in a minute; the ratios say nothing
     python benchmark.py --device cuda --size 2b      # a Qwen2-VL-2B shape in bf16 autocast, on a GPU
     python benchmark.py --vllm_port 8000 --model CHECKPOINT      # instead: steps with rollouts in turn and ahead
                                                                  # (async_rollouts), on the vLLM server there, which
@@ -66,6 +67,11 @@ WORK = ("rollouts", "tokens", "updates")  # what two trainers must do alike in a
 TEXT = 28  # prompt tokens that are not the image's
 IMAGE_TOKEN, VISION_START, VISION_END = 3, 1, 2
 SIZES = {
+    "small": dict(  # to see it run; at this size what is measured is mostly Python
+        vocab=256, mrope=[8, 12, 12], heads=(1, 1),
+        text=dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2),
+        vision=dict(depth=1, embed_dim=64, hidden_size=64, num_heads=1, mlp_ratio=2),
+    ),
     "8m": dict(
         vocab=2048, mrope=[8, 12, 12], heads=(4, 4),
         text=dict(hidden_size=256, intermediate_size=768, num_hidden_layers=4),
@@ -641,14 +647,14 @@ def main() -> None:
     print(f"{parameters / 1e6:.1f} M parameters, {arguments.device}, medians of {runs}\n")
     if arguments.ragged:
         print_ragged(trainer, runs, arguments.trl)
-        if on_cpu:
+        if on_cpu and size != "small":
             print_ragged_peaks(size, arguments.trl)
             print_checkpointing(runs)
         return
     cases = [LONG] if size == "2b" else CASES
     print_table(trainer, cases, runs, arguments.trl)
     print_against_group_size(trainer, *cases[1 % len(cases)][:2], runs, arguments.picture)
-    if on_cpu:
+    if on_cpu and size != "small":
         print_peak_memory(size, cases[0])
 
 

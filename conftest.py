@@ -307,9 +307,9 @@ class Runs:
         self.last = self.ask(asked)
         return self.last
 
-    def start_ranks(self, ranks: int, *arguments: str) -> list[int]:
+    def start_ranks(self, ranks: int, *arguments: str, cwd: Path | None = None) -> list[int]:
         """The same command line in so many processes, told what torchrun tells its own; their process ids."""
-        return [self.start(*arguments, **told) for told in group(ranks)]
+        return [self.start(*arguments, cwd=cwd, **told) for told in group(ranks)]
 
     def printed(self, code: str, ranks: int = 1) -> str:
         """What this code prints in a process of its own: its memory can be measured and capped. Of what it frees the

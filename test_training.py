@@ -1,6 +1,5 @@
-"""The whole way: rollouts, updates, command line, README. Does a policy learn to see, and only by seeing?"""
+"""The whole way: rollouts, updates, command line. Does a policy learn to see, and only by seeing?"""
 
-import inspect
 import json
 import math
 import os
@@ -8,8 +7,6 @@ import re
 import shlex
 import subprocess
 import sys
-import textwrap
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -183,60 +180,3 @@ def test_help_names_every_field_and_a_bad_value_is_refused_by_name(runs):
 def test_importing_prints_nothing():
     done = subprocess.run([sys.executable, "-c", "import mm_grpo, adapters"], cwd=HERE, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout + done.stderr == ""
-
-
-# -- README
-
-
-def readme_blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", (HERE / "README.md").read_text(), flags=re.DOTALL)
-
-
-def test_the_step_in_the_readme_is_the_one_in_the_file():
-    step = textwrap.dedent(inspect.getsource(MultimodalGRPOTrainer.step.__wrapped__))
-    assert step in readme_blocks("python")
-
-
-def test_the_pages_that_the_readme_names_are_there_and_their_pictures_too():
-    pages = [HERE / "README.md", *(HERE / "docs").glob("*.md")]
-    links = [(page, link) for page in pages for link in re.findall(r"\]\(([^)#:]+)\)", page.read_text())]
-    assert len(links) > 10 and [link for page, link in links if not (page.parent / link).exists()] == []
-
-
-def test_the_usage_example_of_the_readme_runs_as_written(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (example,) = [block for block in readme_blocks("python") if "trainer.train()" in block]
-    exec(compile(example, "README.md", "exec"), {"__name__": "readme"})
-    assert list(tmp_path.glob("*/checkpoint-3/config.json"))
-
-
-def test_the_adapter_of_the_readme_trains(tmp_path, monkeypatch):
-    """The README's own adapter, on a model that is no Transformers class, through the trainer's update."""
-    (example,) = [block for block in readme_blocks("python") if "def build_batch" in block]
-    names: dict = {"__name__": "readme"}
-    exec(compile(example, "README.md", "exec"), names)
-    code = [line for line in example.splitlines() if line.strip() and not line.strip().startswith("#")]
-    assert len(code) <= 30
-    source = make_demo("llava", rollouts_per_step=16, env={"num_train_examples": 16})
-    outputs = source.rollouts.collect()
-
-    class MeanColour(torch.nn.Module):
-        """Predicts every token from the mean colour of the picture and the token before."""
-
-        def __init__(self):
-            super().__init__()
-            self.embed, self.look = torch.nn.Embedding(100, 16), torch.nn.Linear(3, 16)
-            self.head = torch.nn.Linear(16, 100)
-
-        def forward(self, input_ids, attention_mask, pixel_values):
-            return self.head(torch.tanh(self.embed(input_ids) + self.look(pixel_values.mean((-1, -2)))[:, None]))
-
-    adapter = names["ThumbnailAdapter"](source.tokenizer)
-    trainer = MultimodalGRPOTrainer(MeanColour(), source.tokenizer, adapter, source.config, server=source.server)
-    batch = adapter.build_batch(outputs)
-    assert batch.pixel_values.shape[1:] == (3, 32, 32) and len(batch) == 16
-    batch = replace(batch, rewards=torch.arange(4.0).repeat(4))  # of each group of four
-    before = trainer.model.look.weight.clone()
-    with pytest.warns(UserWarning, match="disagree"):  # another model sampled these completions
-        metrics = trainer.update(batch)
-    assert metrics["zero_spread_fraction"] == 0 and not torch.equal(before, trainer.model.look.weight)

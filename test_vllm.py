@@ -75,14 +75,19 @@ class ServerProcess:
         quiet = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
         # one thread, on whatever core is free: bound to one, it would wait for what else runs there
         quiet |= {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-        environment = {**os.environ, **quiet, "VLLM_SERVER_DEV_MODE": str(int(self.dev_mode))}
-        environment["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = str(int("enable-lora" in self.options))
-        command = [PYTHON, "-m", "vllm.entrypoints.openai.api_server", "--model", str(self.folder), "--enforce-eager"]
-        options = {"host": self.host, "port": self.port, **self.options}
-        command += [f"--{name}={value}" if value != "" else f"--{name}" for name, value in options.items()]
+        environment, command = {**os.environ, **quiet, **self.environment()}, [PYTHON, *self.arguments()]
         with self.log.open("a") as log:
             self.process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
         return self
+
+    def environment(self) -> dict[str, str]:
+        allowed = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "enable-lora" in self.options}
+        return {name: str(int(on)) for name, on in {"VLLM_SERVER_DEV_MODE": self.dev_mode, **allowed}.items()}
+
+    def arguments(self) -> list[str]:
+        options = {"host": self.host, "port": self.port, **self.options}
+        given = [f"--{name}={value}" if value != "" else f"--{name}" for name, value in options.items()]
+        return ["-m", "vllm.entrypoints.openai.api_server", "--model", str(self.folder), "--enforce-eager", *given]
 
     def ready(self) -> "ServerProcess":
         """Wait for it. Tests ask for this again where an earlier one killed the server."""
