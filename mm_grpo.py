@@ -34,6 +34,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import gc
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -358,7 +359,6 @@ class MultimodalBatch:
 
 NOTHING = MultimodalBatch(*[torch.zeros(0, 1).long()] * 3, torch.zeros(0, 1), torch.zeros(0))  # a batch of no rows
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Adapter: what a model family has to say
 
@@ -366,7 +366,7 @@ NOTHING = MultimodalBatch(*[torch.zeros(0, 1).long()] * 3, torch.zeros(0, 1), to
 class MultimodalAdapter(ABC):
     """Turns rollouts into a batch for a model; the only place that knows what the model's forward takes.
 
-    `adapters.ProcessorAdapter` serves every family with a Transformers processor; the README writes one in 14 lines.
+    `adapters.ProcessorAdapter` serves every family with a Transformers processor; docs/fork.md writes one in 14 lines.
     """
 
     # Token ids that stand for media (image, video). They are never sampled: requests carry a logit_bias of -100 for
@@ -583,7 +583,7 @@ class MultimodalGRPOTrainer:
 
     @parallel.leaving(NoRollouts)
     def step(self) -> dict[str, float]:
-        """Collect, build, update, sync. Returns the step's metrics (the README's glossary says what they mean)."""
+        """Collect, build, update, sync. Returns the step's metrics (docs/metrics.md says what they mean)."""
         self.clock.restart()
         outputs, lag = self.rollouts.collect(), self.rollouts.lag
         with deferred_signals():  # a step is trained whole or not at all
@@ -668,7 +668,6 @@ class MultimodalGRPOTrainer:
 
     def train(self, log: RunLog | None = None) -> dict[str, float]:
         """Run up to step `max_steps`; log, evaluate before and after, save. Returns the last evaluation.
-
         RunStopped, NoRollouts (a fault that does not pass) and a signal end it early, with a checkpoint all the same.
         """
         config, state = self.config, RunState(self)
@@ -740,6 +739,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             log.describe(trainer, DEMO if arguments.demo else ())
             trainer.set_environment(config.env_id, **config.env_args)
             trainer.prepare()
+        gc.freeze()  # what the imports have made stays; full collections would look through it every ten steps
         with one_line_errors(RunStopped, NoRollouts, TimeoutError, code=1):
             trainer.train(log)
 

@@ -28,7 +28,7 @@ def main(run: str, picture: str) -> None:
         ]
         right = after["rollouts"][0]["metrics"]["exact"] == 1
         axes.set_title(f"{said[0]}\n$\\downarrow$\n{said[1]}", fontsize=10, color="black" if right else "firebrick")
-    figure.savefig(picture)
+    figure.savefig(picture, bbox_inches="tight")
 
 
 if __name__ == "__main__":
