@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,7 +21,7 @@ from PIL import Image
 import page
 from browser import CHROMIUM, Browser
 from conftest import make_trainer, message, picture
-from mm_grpo import MultimodalRLConfig
+from mm_grpo import DEMO, MultimodalRLConfig
 from page import Page, build, encoded, mark, whole_lines
 from report import RunLog
 from rows import rollout_rows
@@ -471,6 +472,30 @@ def test_a_resumed_run_leaves_the_notes_of_one_left_alone(tmp_path):
     alone, resumed = (list(whole_lines(tmp_path / name / "rollouts.jsonl")) for name in ("alone", "killed"))
     assert [mark(line)[0] for line in alone].count("evaluation") == 4
     assert resumed == alone and noted(tmp_path / "killed", "step").keys() == {1, 2, 3, 4}
+
+
+def test_the_report_takes_at_most_a_fiftieth_of_a_runs_time(tmp_path, monkeypatch):
+    """Of the demonstration's, whose steps are as short as any; of the processor's time, which no other work on the
+    machine makes longer. Steps and evaluations are cut alike, to a fifth."""
+    spent = []
+
+    def timed(work):
+        def run(*arguments):
+            started = time.process_time()
+            result = work(*arguments)
+            spent.append(time.process_time() - started)
+            return result
+
+        return run
+
+    for name in ("start", "step", "evaluation", "write", "finish"):  # all that others call, none of it by another
+        monkeypatch.setattr(Page, name, timed(getattr(Page, name)))
+    trainer = make_trainer("qwen", {}, output_dir=str(tmp_path), **DEMO | {"max_steps": 56, "eval_examples": 51})
+    started = time.process_time()
+    trainer.train()
+    whole = time.process_time() - started
+    assert len(spent) > 110 and (tmp_path / "report.html").exists()
+    assert sum(spent) <= 0.02 * whole, (sum(spent), whole)
 
 
 def test_a_page_is_written_whole_or_the_one_before_stays(finished, tmp_path, monkeypatch):
