@@ -48,6 +48,8 @@ WITH_BYTES = [name for name in SEEING if not FAMILIES[name].words_only]
 # two pictures of different sizes, none, one, one with other proportions; twice each, as a group has them
 ROWS = [Sample(TWO), Sample(()), Sample(ONE, (3,)), Sample((Picture(90, 40, seed=4),), (5, 6, 7, 8))]
 GROUPS = [*ROWS, *(Sample(row.pictures, (2, 9), row.question) for row in ROWS)]
+# Going on from a shared prompt hides a later picture's tokens from each other, or it cannot be told which are its own
+PLAIN_IN_TURNS = ("gemma3", "idefics3", "smolvlm")
 SAME = dict(rtol=0, atol=1e-5)  # float32 sums in another order; another picture moves logprobs by far more (tested)
 
 
@@ -172,6 +174,12 @@ def test_a_family_trains_in_this_process_without_a_line_of_code(family, tmp_path
     (logprobs * batch.loss_mask[:, 1:]).sum().backward()
     for start, stop in batch.media_spans["pixel_values"].unique(dim=0).tolist():
         assert batch.pixel_values.grad[start:stop].abs().sum() > 0, "pictures without gradient"
+    # a picture in each of two turns: what stands before the first reply still runs once
+    trainer.set_environment("shapes-env", num_train_examples=16, num_eval_examples=4, turns=2)
+    metrics = trainer.step()
+    assert 1 - 1e-4 <= metrics["ratio_min"] <= metrics["ratio_max"] <= 1 + 1e-4
+    assert metrics["rollouts_dropped"] == 0 and metrics["num_turns"] == 2
+    assert metrics["shared_prefix_fraction"] == (family not in PLAIN_IN_TURNS)
 
 
 @pytest.mark.parametrize("family", WITH_BYTES)
