@@ -143,9 +143,13 @@ def test_every_option_that_a_page_names_is_there():
 # ---------------------------------------------------------------- code
 
 
-def test_the_step_in_the_readme_is_the_one_in_the_file():
+def test_the_equations_and_the_step_in_the_readme_are_those_in_the_file():
     step = textwrap.dedent(inspect.getsource(MultimodalGRPOTrainer.step.__wrapped__))
     assert step in blocks(HERE / "README.md", "python")
+    method = (HERE / "README.md").read_text().partition("## The method")[2]
+    equations = re.findall(r"^    (\S.*)$", method.partition("```")[0], flags=re.M)
+    file = [line.strip() for line in (HERE / "mm_grpo.py").read_text().splitlines()]
+    assert len(equations) == 4 and [line for line in equations if line not in file] == []
 
 
 def test_the_pages_that_the_readme_names_are_there_and_their_pictures_too():
