@@ -65,9 +65,8 @@ def make_example(rng: random.Random, turns: int, images_per_turn: int, code: dic
 
 
 def make_rubric(code: dict[str, str], turns: int) -> vf.Rubric:
-    """Partial credit: 0.4 for `letters`, the share that is right in its place; 0.2 for `form`, letters of the code, as
-    many as there are, and an end of its own; 0.4 for `exact`, the whole codeword and nothing else. All of it of the
-    last turn's reply."""
+    """Partial credit: 0.4 for `letters`, the share that is right in its place; 0.2 for `form`, letters of the code and
+    as many as there are; 0.4 for `exact`, the whole codeword and nothing else. All of it of the last turn's reply."""
     parser = vf.Parser(extract_fn=str.strip)
     known, split = set(code.values()), str.split if separator(code) else list
 
@@ -81,10 +80,9 @@ def make_rubric(code: dict[str, str], turns: int) -> vf.Rubric:
         reply, right = said(completion, answer)
         return sum(one == other for one, other in zip(reply, right)) / max(len(reply), len(right))
 
-    def form(completion, answer, state) -> float:
-        (reply, right), steps = said(completion, answer), state["trajectory"]
-        ended = len(steps) == turns and not steps[-1]["is_truncated"]
-        return fmean([reply != [] and known.issuperset(reply), len(reply) == len(right), ended])
+    def form(completion, answer) -> float:
+        reply, right = said(completion, answer)
+        return fmean([reply != [] and known.issuperset(reply), len(reply) == len(right)])
 
     def exact(completion, answer) -> float:
         reply, right = said(completion, answer)

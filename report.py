@@ -14,7 +14,6 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -35,7 +34,6 @@ if TYPE_CHECKING:
     from mm_grpo import MultimodalBatch, MultimodalGRPOTrainer, MultimodalRLConfig
     from page import Page
 
-
 OF_A_SERVER = ("max_concurrent", "generation_timeout", "sync_to_vllm_every", "weight_sync_dir", "vllm_api_key")
 OF_A_SERVER += ("vllm_server_port", "vllm_server_timeout")  # settings without effect where there is none
 HIDDEN = {"eval/reward_std", "eval/num_turns", "eval/failed"}  # from the curves
@@ -50,8 +48,7 @@ def reward_metrics(outputs: GenerateOutputs) -> dict[str, float]:
 
 def means(every: list[dict]) -> dict[str, float]:
     rollouts = [rollout for rollout in every if not fault_of(rollout)]
-    failed = len(every) - len(rollouts)
-    counted = {"failed": failed} if failed else {}
+    counted = {"failed": failed} if (failed := len(every) - len(rollouts)) else {}
     if not rollouts:
         return {"reward": math.nan, "reward_std": math.nan, **counted}
     rewards = torch.tensor([float(rollout["reward"]) for rollout in rollouts], dtype=torch.float64)
@@ -104,7 +101,7 @@ class Clock:
     def restart(self) -> None:
         self.seconds = dict.fromkeys(("rollout", "update", "sync"), 0.0)
 
-    @contextmanager
+    @contextlib.contextmanager
     def __call__(self, part: str) -> Iterator[None]:
         started = time.perf_counter()
         try:
@@ -264,20 +261,18 @@ class RunLog:
         """Draw the curves, those of the reward and of the rubric's metrics; say what can be done now."""
         if self.unwritten:
             self.write()
-        shown = [f"numbers {self.metrics}"]
+        page, shown = self.report(), f"numbers {self.metrics}"
         try:
             if self.metrics.stat().st_size:
-                curves = draw_curves(self.metrics, self.folder / "curves.png", self.rollouts.rubric)
-                shown.insert(0, f"curves {curves}")
+                shown = f"curves {draw_curves(self.metrics, self.folder / 'curves.png', self.rollouts.rubric)}, {shown}"
         except (OSError, ValueError) as error:  # a picture must not fail a run
             warnings.warn(f"the curves could not be drawn: {error}")
-        page = self.report()
-        say(f"look at it: {page} ({', '.join(shown)})" if page else f"look at it: {', '.join(shown)}")
-        name = "NAME"
+        say(f"look at it: {f'{page} ({shown})' if page else shown}")
         if checkpoint is not None:
-            name, theirs = str(checkpoint), any(checkpoint.glob("*config.json"))  # a model's, or peft's
-            say(f"load it: {f'transformers.AutoModelForMultimodalLM.from_pretrained({name!r})' if theirs else name}")
-        say(f"train your own: python mm_grpo.py --model {name} --env_id YOUR-ENVIRONMENT (or any other model)")
+            theirs = any(checkpoint.glob("*config.json"))  # a model of Transformers, or an adapter of peft
+            load = f"transformers.AutoModelForMultimodalLM.from_pretrained({str(checkpoint)!r})"
+            say(f"load it: {load if theirs else checkpoint}")
+        say(f"train your own: python mm_grpo.py --model {checkpoint or 'NAME'} --env_id YOURS (or any other model)")
 
 
 class NoLog:

@@ -92,9 +92,8 @@ def make_example(rng: random.Random, image_size: int, images_per_prompt: int, bl
 
 def make_rubric(colours: Collection[str] = COLOURS) -> vf.Rubric:
     """Partial credit: 0.4 for the colour, 0.4 for the shape, 0.2 for the form (a colour, a shape, two words, an end of
-    its own: the token that a reply was cut off with may not show in its text). `exact` is a metric and has no weight.
-    Each is the mean over the turns, so that what is chance for one turn is chance for two: `exact` is 1 where every
-    reply is exact, 0.5 where one of two is. A turn without a reply counts 0."""
+    its own: what cut a reply off may not show in its text); `exact` is a metric and has no weight. Each is the mean
+    over the turns, so that chance is the same for one and for two. A turn without a reply counts 0."""
     parser = vf.Parser(extract_fn=lambda text: text.split())
 
     def turns(completion, answer) -> list[tuple[list[str], list[str]]]:
@@ -112,9 +111,8 @@ def make_rubric(colours: Collection[str] = COLOURS) -> vf.Rubric:
         return fmean([first in colours, second in SHAPES, second != "" and not more, ended])
 
     def form(completion, answer, state) -> float:
-        ended = [not step["is_truncated"] for step in state["trajectory"]]
-        said = zip(turns(completion, answer), chain(ended, repeat(False)))
-        return fmean(well_formed(stopped, *words) for (words, _), stopped in said)
+        ended = chain((not step["is_truncated"] for step in state["trajectory"]), repeat(False))
+        return fmean(well_formed(end, *words) for (words, _), end in zip(turns(completion, answer), ended))
 
     def exact(completion, answer) -> float:
         return fmean(words == right for words, right in turns(completion, answer))

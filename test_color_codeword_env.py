@@ -12,7 +12,7 @@ import torch
 import verifiers as vf
 
 from color_codeword_env import CODE, COLOURS, END, load_environment, make_rubric
-from conftest import make_trainer, message, picture, turns
+from conftest import make_trainer, message, picture
 from media import image_urls, load_image
 from mm_grpo import DEMO
 
@@ -74,30 +74,25 @@ def test_a_blind_environment_shows_one_grey_picture_and_is_the_same_else():
     [
         (CODE, ["A", "AB", "ABC"], 1, 1, 1), (CODE, ["", None, " ABC\n"], 1, 1, 1),
         (CODE, ["", "", "ABD"], 2 / 3, 1, 0),
-        (CODE, ["", "", "CBA"], 1 / 3, 1, 0), (CODE, ["", "", "AB"], 2 / 3, 2 / 3, 0),
-        (CODE, ["", "", "ABCD"], 3 / 4, 2 / 3, 0), (CODE, ["", "", "A B C"], 1 / 5, 1 / 3, 0),
-        (CODE, ["", "", "ABCABCABCABC"], 1 / 4, 2 / 3, 0),  # to say everything is not to know it
-        (CODE, ["", "", "abc"], 0, 2 / 3, 0), (CODE, ["", "", "I see ABC"], 0, 1 / 3, 0), (CODE, [""] * 3, 0, 1 / 3, 0),
-        (CODE, ["ABC", "ABC", ""], 0, 1 / 3, 0),  # what is said too early earns nothing
+        (CODE, ["", "", "CBA"], 1 / 3, 1, 0), (CODE, ["", "", "AB"], 2 / 3, 1 / 2, 0),
+        (CODE, ["", "", "ABCD"], 3 / 4, 1 / 2, 0), (CODE, ["", "", "A B C"], 1 / 5, 0, 0),
+        (CODE, ["", "", "ABCABCABCABC"], 1 / 4, 1 / 2, 0),  # to say everything is not to know it
+        (CODE, ["", "", "abc"], 0, 1 / 2, 0), (CODE, ["", "", "I see ABC"], 0, 0, 0), (CODE, ["", "", ""], 0, 0, 0),
+        (CODE, ["ABC", "ABC", ""], 0, 0, 0),  # what is said too early earns nothing
         (CODE, ["ABC"], 0, 0, 0), (CODE, ["", "ABC"], 0, 0, 0), (CODE, [], 0, 0, 0),  # a turn is missing
         (FOUR, ["", "", "red green blue"], 1, 1, 1), (FOUR, ["", "", "red blue green"], 1 / 3, 1, 0),
-        (FOUR, ["", "", "redgreenblue"], 0, 1 / 3, 0), (FOUR, ["", "", None], 0, 1 / 3, 0),
+        (FOUR, ["", "", "redgreenblue"], 0, 0, 0), (FOUR, ["", "", None], 0, 0, 0),
     ],
 )  # fmt: skip
 def test_the_rubric_counts_letters_in_their_place_in_the_last_reply_alone(code, replies, letters, form, exact):
     """What the user says in between, here the codeword itself, is nobody's reply."""
     answer = "ABC" if code is CODE else "red green blue"
-    rubric, state = make_rubric(code, turns=3), {"prompt": message("?"), "answer": answer}
-    state["trajectory"] = turns(*[i < 2 for i in range(len(replies))])  # earlier turns may be cut off
+    rubric, state = make_rubric(code, turns=3), {"prompt": message("?"), "answer": answer, "trajectory": []}
     said = [[{"role": "assistant", "content": reply}] for reply in replies]
     state["completion"] = [m for reply in said for m in [*reply, *message(picture(2), answer)]]
     asyncio.run(rubric.score_group([state]))
     assert state["metrics"] == pytest.approx({"letters": letters, "form": form, "exact": exact})
     assert state["reward"] == pytest.approx(0.4 * letters + 0.2 * form + 0.4 * exact)
-    if len(replies) == 3:  # the last may not: a third of the form
-        state["trajectory"] = turns(False, False, True)
-        asyncio.run(rubric.score_group([state]))
-        assert state["metrics"] == pytest.approx({"letters": letters, "form": form - 1 / 3, "exact": exact})
 
 
 @pytest.mark.parametrize(

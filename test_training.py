@@ -154,7 +154,7 @@ def test_the_command_line_trains_and_ends_with_what_can_be_done_now(runs, tmp_pa
     assert (out / "report.html").exists()
     monkeypatch.chdir(tmp_path)
     model = eval(load, {"transformers": transformers})
-    again = shlex.split(train.partition(" (")[0].replace("YOUR-ENVIRONMENT", "shapes-env"))
+    again = shlex.split(train.partition(" (")[0].replace("YOURS", "shapes-env"))
     assert again[:2] == ["python", "mm_grpo.py"]
     few = "--max_steps 1 --eval_examples 0 --max_tokens 3 --rollouts_per_step 16 --output_dir again".split()
     said = len(runs.said())
