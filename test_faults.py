@@ -609,7 +609,7 @@ def test_a_disk_that_is_full_ends_neither_training_nor_the_result(disk, monkeypa
     assert sum("is not written" in line for line in said) >= 4  # said at each, tried again
     assert len((folder / "run" / "metrics.jsonl").read_text().splitlines()) == 3
     assert not list((folder / "run").glob("*checkpoint*"))  # no half one, and no waste that would fill the disk
-    saved = Path(re.search(r"checkpoint (\S+),", capsys.readouterr().out)[1])
+    saved = Path(re.search(r"from_pretrained\('(\S+)'\)", capsys.readouterr().out)[1])
     assert saved.name == "checkpoint-3" and saved.is_relative_to(tmp_path) and not saved.is_relative_to(folder)
     loaded = load_file(saved / "model.safetensors")
     assert torch.equal(loaded["lm_head.weight"], made.model.lm_head.weight)
