@@ -568,7 +568,7 @@ def print_against_group_size(trainer, P: int, C: int, runs: int, picture: str) -
     draw(costs, f"P={P}, C={C}", picture)
 
 
-def print_ragged(trainer, runs: int, trl: bool) -> None:
+def print_ragged(trainer, runs: int, trl: bool, budgets: list[tuple]) -> None:
     """Print the time of each way on ragged batches, by group size and micro-batch."""
     lengths = lognormal_lengths(len(RAGGED) * 8)
     print(f"prompts of {', '.join(map(str, RAGGED))} tokens, G completions of each, ", end="")
@@ -576,7 +576,7 @@ def print_ragged(trainer, runs: int, trl: bool) -> None:
     print("|  G | tokens | shared s | plain s | dense s | shared / dense | TRL s (rows) | TRL / shared | gradients |")
     print("|---:|-------:|---------:|--------:|--------:|---------------:|-------------:|-------------:|----------:|")
     seconds = {}
-    for G, tokens, rows in BUDGETS:
+    for G, tokens, rows in budgets:
         s, off = measure(trainer, ragged(G), runs, trl, tokens, rows)
         seconds[G, tokens] = s["shared"]
         each = " | ".join(f"{s[name]:{width}.3f}" for name, width in (("shared", 8), ("plain", 7), ("dense", 7)))
@@ -646,7 +646,7 @@ def main() -> None:
     parameters = sum(p.numel() for p in trainer.model.parameters())
     print(f"{parameters / 1e6:.1f} M parameters, {arguments.device}, medians of {runs}\n")
     if arguments.ragged:
-        print_ragged(trainer, runs, arguments.trl)
+        print_ragged(trainer, runs, arguments.trl, BUDGETS[:3] if size == "small" else BUDGETS)
         if on_cpu and size != "small":
             print_ragged_peaks(size, arguments.trl)
             print_checkpointing(runs)
