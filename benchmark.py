@@ -419,14 +419,14 @@ def trl_trainer(trainer: MultimodalGRPOTrainer, folder: str, steps: int, now: di
     from shapes_env import make_rubric
 
     config, rubric = trainer.config, make_rubric()
+    weighted = [(f, weight, list(inspect.signature(f).parameters)) for f, weight in zip(rubric.funcs, rubric.weights)]
 
     def reward(completions, completion_ids, answer, **_) -> list[float]:
         values = []
         for completion, ids, right in zip(completions, completion_ids, answer):
             cut_off = ids[-1] != trainer.tokenizer.eos_token_id
             given = dict(completion=completion, answer=right, state={"trajectory": [{"is_truncated": cut_off}]})
-            needed = [{name: given[name] for name in inspect.signature(f).parameters} for f in rubric.funcs]
-            values.append(sum(w * f(**those) for f, w, those in zip(rubric.funcs, rubric.weights, needed)))
+            values.append(sum(weight * f(*(given[name] for name in names)) for f, weight, names in weighted))
         now["rollouts"] += len(values)
         now["tokens"] += sum(map(len, completion_ids))
         now["reward"] = statistics.fmean(values)
@@ -641,20 +641,21 @@ def main() -> None:
     if arguments.end_to_end is not None:
         return end_to_end(arguments.end_to_end)
     torch.set_num_threads(2)
-    size, runs, on_cpu = arguments.size, arguments.runs, arguments.device == "cpu"
+    size, runs = arguments.size, arguments.runs
+    weighed = arguments.device == "cpu" and size != "small"  # memory too
     trainer = make_trainer(make_model(size, arguments.device))
     parameters = sum(p.numel() for p in trainer.model.parameters())
     print(f"{parameters / 1e6:.1f} M parameters, {arguments.device}, medians of {runs}\n")
     if arguments.ragged:
         print_ragged(trainer, runs, arguments.trl, BUDGETS[:3] if size == "small" else BUDGETS)
-        if on_cpu and size != "small":
+        if weighed:
             print_ragged_peaks(size, arguments.trl)
             print_checkpointing(runs)
         return
     cases = [LONG] if size == "2b" else CASES
     print_table(trainer, cases, runs, arguments.trl)
     print_against_group_size(trainer, *cases[1 % len(cases)][:2], runs, arguments.picture)
-    if on_cpu and size != "small":
+    if weighed:
         print_peak_memory(size, cases[0])
 
 

@@ -37,6 +37,7 @@ from local_server import LocalServer
 from mm_grpo import MultimodalRLConfig
 from report import SAME_REWARD, RunLog
 from rows import NoRollouts
+from test_readme import blocks
 
 HERE = Path(__file__).parent
 SMALL = dict(rollouts_per_step=8, rollouts_per_example=4, max_tokens=3, eval_examples=2, learning_rate=1e-3)
@@ -554,8 +555,7 @@ def test_the_example_of_the_readme_runs_in_a_real_jupyter_kernel(tmp_path):
         pytest.skip("pip install ipykernel")
     from jupyter_client.manager import start_new_kernel
 
-    blocks = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), flags=re.DOTALL)
-    (example,) = [block for block in blocks if "trainer.train()" in block]
+    (example,) = [block for block in blocks(HERE / "README.md", "python") if "trainer.train()" in block]
     start = f"import sys, os; sys.path.insert(0, {str(HERE)!r}); os.chdir({str(tmp_path)!r})\n"
     manager, client = start_new_kernel(kernel_name="python3")
     try:

@@ -65,7 +65,8 @@ def trainer_arguments(words: list[str], steps: int, folder: Path) -> list[str]:
             given[i] = str(next(folder.joinpath(word).parent.glob("checkpoint-*")))
     if "--max_steps" in given:
         steps = min(steps, int(given[given.index("--max_steps") + 1]))
-    here = ["--output_dir", str(folder / "runs/far")] if "--output_dir" in given and "/shared/runs/one" in given else []
+    far = "--output_dir" in given and given[given.index("--output_dir") + 1].startswith("/")
+    here = ["--output_dir", str(folder / "run")] if far else []
     return [*given, *FEW, "--max_steps", str(steps), *here]
 
 

@@ -7,9 +7,7 @@ The server is started by the page's own command, on this machine's address, with
 type in which vLLM computes on a CPU as Transformers does.
 """
 
-import os
 import re
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -18,13 +16,11 @@ from adapters import ProcessorAdapter
 from checkpoint import save_checkpoint
 from conftest import needs
 from test_readme import PACKAGES, PAGES, commands, kind, run_tool, run_trainer
-from test_vllm import PYTHON, ServerProcess
+from test_vllm import ServerProcess
+from test_vllm_families import pytestmark as NEEDS
 from tiny_vlm import make_tiny
 
-pytestmark = [
-    pytest.mark.skipif(not PYTHON, reason="vLLM is not installed: bash .ci/vllm_cpu.sh, or set VLLM_PYTHON"),
-    pytest.mark.skipif(not (os.environ.get("CI") or find_spec("torchvision")), reason="install torchvision: see above"),
-]
+pytestmark = NEEDS  # the same server, pictures that both sides resize
 
 TINY = {"Qwen/Qwen2.5-VL-": "qwen2_5_vl", "Qwen/Qwen3-VL-": "qwen3_vl"}  # of the same architecture
 ENVIRONMENT = '''
