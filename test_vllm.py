@@ -109,9 +109,9 @@ class ServerProcess:
         self.process.wait()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def running():
-    """The servers that run, by name."""
+    """The servers that run, by name; each needs 2 GB."""
     servers: dict[str, ServerProcess] = {}
     yield servers
     for server in servers.values():

@@ -74,21 +74,29 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def serve():
-    """serve(words, folder): a server by this command on this checkpoint; one for all that ask for the same."""
-    servers: dict[tuple, ServerAsWritten] = {}
+    """serve(words, folder): a server by this command on this checkpoint. One runs at a time: each needs 2 GB."""
+    running: dict[tuple, ServerAsWritten] = {}
 
     def ready(words: list[str], folder: Path) -> ServerAsWritten:
         key = (*words, folder)
-        if key not in servers:
-            servers[key] = ServerAsWritten(words, folder).start()
-        return servers[key].ready()
+        if key not in running:
+            while running:
+                running.popitem()[1].kill()
+            running[key] = ServerAsWritten(words, folder).start()
+        return running[key].ready()
 
     yield ready
-    for server in servers.values():
+    for server in running.values():
         server.kill()
 
 
+def family_of(words: list[str]) -> str:
+    """The tiny family that stands for the checkpoint of a command."""
+    return next((tiny for name, tiny in TINY.items() if any(word.startswith(name) for word in words)), "qwen")
+
+
 BESIDE = [(page, i) for page in PAGES for i, words in enumerate(commands(page)) if kind(words).endswith("a server")]
+BESIDE.sort(key=lambda case: (server_of(*case), family_of(commands(case[0])[case[1]])))  # each server starts once
 
 
 @pytest.mark.parametrize(
@@ -103,11 +111,9 @@ BESIDE = [(page, i) for page in PAGES for i, words in enumerate(commands(page)) 
 def test_a_command_runs_beside_the_server_of_its_page(page, i, serve, checkpoint, runs, tmp_path):
     words = list(commands(page)[i])
     runs.log.with_name("my_env.py").write_text(ENVIRONMENT)
-    at = words.index("--model") + 1 if "--model" in words else None
-    family = next((tiny for name, tiny in TINY.items() if at and words[at].startswith(name)), "qwen")
-    folder = checkpoint(family)
-    if at:
-        words[at] = str(folder)
+    folder = checkpoint(family_of(words))
+    if "--model" in words:
+        words[words.index("--model") + 1] = str(folder)
     server = serve(by := server_of(page, i), folder)
     if kind(words).startswith("tool"):
         assert "in turn / ahead: " in run_tool(words, tmp_path, "--vllm_port", str(server.port))
