@@ -17,8 +17,6 @@ from torch import Tensor
 # float32; it took too long; an error of the server or its client; nothing was sampled, or ids or logprobs are missing
 # or impossible; the policy sampled a placeholder; a medium that cannot be loaded or does not fill its placeholders.
 CAUSES = ("environment", "reward", "timeout", "server", "tokens", "placeholder", "media")
-
-
 TRACKERS = ("tensorboard", "wandb", "trackio")  # dashboards that a run can report to
 
 

@@ -62,6 +62,7 @@ def under_headings(parser: ArgumentParser) -> None:
     group, own = options, []
     for action in options._group_actions:
         group = parser.add_argument_group(HEADINGS[action.dest]) if action.dest in HEADINGS else group
+        action.option_strings = [name for name in action.option_strings if "-" not in name[2:]]  # --a-b is --a_b too
         (own if group is options else group._group_actions).append(action)
     options._group_actions[:] = own
     parser._action_groups.insert(2, parser._action_groups.pop())  # the model first

@@ -452,9 +452,8 @@ class RolloutsAhead(Rollouts):
                 "async_rollouts=True: needs vllm_server_host; in this process the model that samples is the one that "
                 "is being changed"
             )
-        self.running: tuple[int, list[dict], int, Future] | None = (
-            None  # step, examples, their policy's version, outputs
-        )
+        # step, examples, their policy's version, outputs
+        self.running: tuple[int, list[dict], int, Future] | None = None
 
     def collect(self) -> GenerateOutputs:
         self.expect_synced()

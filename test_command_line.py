@@ -51,6 +51,7 @@ def test_help_shows_each_setting_once_under_its_heading(capsys):
     assert all(said.count(f"  --{f.name} ") == 1 for f in fields(MultimodalRLConfig))
     of_the_method = said[said.index("the method:") : said.index("optimizer:")]
     assert "--loss_type" in of_the_method and "--beta" in of_the_method and "--optim" not in of_the_method
+    assert "--max-steps" not in said and parse("--max-steps", "7")[0]["max_steps"] == 7  # both spellings are understood
 
 
 def test_the_rules_hold_for_the_settings_of_the_run_and_not_for_those_that_the_demonstration_replaces():
