@@ -111,7 +111,7 @@ class ServerProcess:
 
 @pytest.fixture(scope="module")
 def running():
-    """The servers that run, by name; each needs 2 GB."""
+    """The servers that run, by name; each needs 2.5 GB."""
     servers: dict[str, ServerProcess] = {}
     yield servers
     for server in servers.values():

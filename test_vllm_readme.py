@@ -74,7 +74,7 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def serve():
-    """serve(words, folder): a server by this command on this checkpoint. One runs at a time: each needs 2 GB."""
+    """serve(words, folder): a server by this command on this checkpoint. One runs at a time: each needs 2.5 GB."""
     running: dict[tuple, ServerAsWritten] = {}
 
     def ready(words: list[str], folder: Path) -> ServerAsWritten:
