@@ -16,8 +16,8 @@ P + G * C tokens with one image, logits for the completions alone.
                                                                  # serves that Qwen-VL checkpoint
 
 Each figure is a median over runs that alternate between the ways (`--runs` of each); whole updates with the same
-optimizer step, same weights, same batch. On the CPU: float32, two threads, about 8 M parameters; the demonstration: one
-thread, 0.3 M parameters.
+optimizer step, same weights, same batch. On the CPU: float32, two threads, about 8 M parameters; small and the
+demonstration: one thread, 0.3 M parameters.
 """
 
 from __future__ import annotations
@@ -640,8 +640,8 @@ def main() -> None:
         return rollouts_ahead(arguments.vllm_port, arguments.model, arguments.runs)
     if arguments.end_to_end is not None:
         return end_to_end(arguments.end_to_end)
-    torch.set_num_threads(2)
     size, runs = arguments.size, arguments.runs
+    torch.set_num_threads(1 if size == "small" else 2)  # where tests run beside it, two would wait for each other
     weighed = arguments.device == "cpu" and size != "small"  # memory too
     trainer = make_trainer(make_model(size, arguments.device))
     parameters = sum(p.numel() for p in trainer.model.parameters())
