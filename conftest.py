@@ -212,11 +212,6 @@ def message(*parts) -> list[dict]:
     return [{"role": "user", "content": content}]
 
 
-def turns(*is_truncated: bool) -> list[dict]:
-    """The trajectory of a rollout, as far as rubrics look at it: a turn each, cut off or not."""
-    return [{"is_truncated": each, "reward": None, "advantage": None} for each in is_truncated]
-
-
 def peak_of_saved_bytes(work) -> int:
     """The most bytes that autograd holds at once for the backward while this runs; afterwards it must hold none."""
     held = Counter()

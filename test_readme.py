@@ -92,16 +92,16 @@ def run_tool(words: list[str], folder: Path, *more: str) -> str:
     return done.stdout
 
 
-def with_what_it_needs(page: Path):
-    """A parameter of a test, skipped where a package is missing that this page's commands need."""
-    packages = {package for words in commands(page) for option, package in PACKAGES.items() if option in words}
-    return pytest.param(page, id=page.stem, marks=[needs(package) for package in sorted(packages)])
+def needed(*commands: list[str]) -> list[pytest.MarkDecorator]:
+    """Marks of a test of these commands: it is skipped where a package is missing that one of them needs."""
+    packages = {PACKAGES[word] for words in commands for word in words if word in PACKAGES}
+    return [needs(package) for package in sorted(packages)]
 
 
 # ---------------------------------------------------------------- commands
 
 
-@pytest.mark.parametrize("page", [with_what_it_needs(page) for page in PAGES if commands(page)])
+@pytest.mark.parametrize("page", [pytest.param(p, id=p.stem, marks=needed(*c)) for p in PAGES if (c := commands(p))])
 def test_every_command_of_a_page_runs_in_its_order(page, runs, tmp_path):
     """But those that set an environment up or run the tests, which `.ci/run` does, and those beside a server."""
     for i, words in enumerate(commands(page)):

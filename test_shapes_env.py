@@ -11,7 +11,7 @@ import pytest
 import torch
 import verifiers as vf
 
-from conftest import message, picture, turns
+from conftest import message, picture
 from media import load_image
 from shapes_env import COLOURS, load_environment, make_rubric
 
@@ -120,6 +120,11 @@ def test_the_tiny_checkpoints_know_every_word_of_both_questions(tiny, images_per
     parts = [{name: value for name, value in part.items() if value is not None} for part in row["prompt"][0]["content"]]
     prompt = adapter.encode_prompt([{"role": "user", "content": parts}, *words])
     assert adapter.tokenizer.unk_token_id not in prompt.ids
+
+
+def turns(*is_truncated: bool) -> list[dict]:
+    """The trajectory of a rollout, as far as rubrics look at it: a turn each, cut off or not."""
+    return [{"is_truncated": each, "reward": None, "advantage": None} for each in is_truncated]
 
 
 @pytest.mark.parametrize(

@@ -75,7 +75,8 @@ class ServerProcess:
         quiet = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
         # one thread, on whatever core is free: bound to one, it would wait for what else runs there
         quiet |= {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-        environment, command = {**os.environ, **quiet, **self.environment()}, [PYTHON, *self.arguments()]
+        command = [PYTHON, "-m", "vllm.entrypoints.openai.api_server", "--model", str(self.folder), "--enforce-eager"]
+        environment, command = {**os.environ, **quiet, **self.environment()}, [*command, *self.arguments()]
         with self.log.open("a") as log:
             self.process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
         return self
@@ -86,8 +87,7 @@ class ServerProcess:
 
     def arguments(self) -> list[str]:
         options = {"host": self.host, "port": self.port, **self.options}
-        given = [f"--{name}={value}" if value != "" else f"--{name}" for name, value in options.items()]
-        return ["-m", "vllm.entrypoints.openai.api_server", "--model", str(self.folder), "--enforce-eager", *given]
+        return [f"--{name}={value}" if value != "" else f"--{name}" for name, value in options.items()]
 
     def ready(self) -> "ServerProcess":
         """Wait for it. Tests ask for this again where an earlier one killed the server."""

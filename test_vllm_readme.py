@@ -12,13 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from adapters import ProcessorAdapter
-from checkpoint import save_checkpoint
-from conftest import needs
-from test_readme import PACKAGES, PAGES, commands, kind, run_tool, run_trainer
+from test_readme import PAGES, commands, kind, needed, run_tool, run_trainer
 from test_vllm import ServerProcess
 from test_vllm_families import pytestmark as NEEDS
-from tiny_vlm import make_tiny
+from test_vllm_families import save_tiny
 
 pytestmark = NEEDS  # the same server, pictures that both sides resize
 
@@ -44,10 +41,8 @@ class ServerAsWritten(ServerProcess):
 
     def arguments(self) -> list[str]:
         start = next(i for i, word in enumerate(self.words) if word in ("serve", "--model"))
-        here = ["--host", self.host, "--port", str(self.port), "--max-model-len", "1024"]
-        here += ["--dtype", "float32", "--enforce-eager"]
-        command = ["-m", "vllm.entrypoints.openai.api_server", "--model", str(self.folder)]
-        return [*command, *self.words[start + 2 :], *here]
+        here = ["--host", self.host, "--port", str(self.port), "--max-model-len", "1024", "--dtype", "float32"]
+        return [*self.words[start + 2 :], *here]
 
 
 def server_of(page: Path, i: int) -> list[str]:
@@ -65,8 +60,7 @@ def checkpoint(tmp_path_factory):
 
     def saved(family: str) -> Path:
         if not (root / family).exists():
-            model, processor = make_tiny(family)
-            save_checkpoint(root / family, model, ProcessorAdapter(processor, model.config))
+            save_tiny(family, root / family)
         return root / family
 
     return saved
@@ -75,19 +69,21 @@ def checkpoint(tmp_path_factory):
 @pytest.fixture(scope="module")
 def serve():
     """serve(words, folder): a server by this command on this checkpoint. One runs at a time: each needs 2.5 GB."""
-    running: dict[tuple, ServerAsWritten] = {}
+    running: dict[tuple, ServerAsWritten] = {}  # one, or none
+
+    def stop() -> None:
+        while running:
+            running.popitem()[1].kill()
 
     def ready(words: list[str], folder: Path) -> ServerAsWritten:
         key = (*words, folder)
         if key not in running:
-            while running:
-                running.popitem()[1].kill()
+            stop()
             running[key] = ServerAsWritten(words, folder).start()
         return running[key].ready()
 
     yield ready
-    for server in running.values():
-        server.kill()
+    stop()
 
 
 def family_of(words: list[str]) -> str:
@@ -100,13 +96,7 @@ BESIDE.sort(key=lambda case: (server_of(*case), family_of(commands(case[0])[case
 
 
 @pytest.mark.parametrize(
-    ("page", "i"),
-    [
-        pytest.param(
-            page, i, id=f"{page.stem}-{i}", marks=[needs(PACKAGES[w]) for w in commands(page)[i] if w in PACKAGES]
-        )
-        for page, i in BESIDE
-    ],
+    ("page", "i"), [pytest.param(p, i, id=f"{p.stem}-{i}", marks=needed(commands(p)[i])) for p, i in BESIDE]
 )
 def test_a_command_runs_beside_the_server_of_its_page(page, i, serve, checkpoint, runs, tmp_path):
     words = list(commands(page)[i])
