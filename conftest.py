@@ -248,6 +248,7 @@ for line in sys.stdin:
         continue
     pid = os.fork()
     if pid == 0:
+        torch.set_num_threads(1)  # makes torch's pool anew: of several threads that ask at once one may find none
         log = os.open(os.environ["RUN_LOG"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(log, 1), os.dup2(log, 2), os.setsid(), os.chdir(asked["folder"])
         os.environ.update(asked.get("environment", {{}}))
