@@ -28,7 +28,7 @@ from verifiers.clients.openai_chat_completions_client import handle_openai_overl
 from verifiers.utils.response_utils import parse_response_tokens
 from verifiers.utils.save_utils import state_to_output
 
-from faults import RunStopped
+from faults import RunStopped, deferred_signals
 from media import plain_messages
 from parallel import exchange, ranks, share, together
 
@@ -312,7 +312,7 @@ class Rollouts:
 
     def generate(self, examples: list[dict], temperature: float) -> GenerateOutputs | None:
         """One attempt; None if the server was lost on the way, as what it samples after a restart is of old weights."""
-        return self.wait(self.start(self.roll_out(examples, temperature)))
+        return self.wait(self.roll_out(examples, temperature))
 
     async def roll_out(self, examples: list[dict], temperature: float) -> GenerateOutputs | None:
         """Every rollout by itself, at most `max_concurrent` at once; all of them where the server is in this process,
@@ -382,17 +382,19 @@ class Rollouts:
     def start(self, coroutine: Coroutine) -> Future:
         return asyncio.run_coroutine_threadsafe(coroutine, self.loop)
 
-    def wait(self, future: Future) -> Any:
+    def wait(self, work: Coroutine | Future) -> Any:
         """Its result. What interrupts the wait calls the work off first, so that nothing of it goes on unseen."""
-        limit = self.config.rollout_timeout
+        limit, future = self.config.rollout_timeout, None
         try:
+            with deferred_signals():  # until it is known what would have to be called off
+                future = work if isinstance(work, Future) else self.start(work)
             while not wait([future], timeout=limit).done:
                 if not wait([self.start(asyncio.sleep(0)), future], timeout=limit, return_when=FIRST_COMPLETED).done:
                     awaited = "what waits must be awaited (asyncio.to_thread)"
                     raise RuntimeError(f"env: it has blocked the event loop for rollout_timeout={limit:g} s; {awaited}")
             return future.result()
         except BaseException:
-            if not future.done():
+            if future is not None and not future.done():
                 self.call_off(future)
             raise
 
@@ -452,8 +454,7 @@ class RolloutsAhead(Rollouts):
                 "async_rollouts=True: needs vllm_server_host; in this process the model that samples is the one that "
                 "is being changed"
             )
-        # step, examples, their policy's version, outputs
-        self.running: tuple[int, list[dict], int, Future] | None = None
+        self.running: tuple[int, list[dict], int, Future] | None = None  # step, examples, policy's version, outputs
 
     def collect(self) -> GenerateOutputs:
         self.expect_synced()
@@ -472,8 +473,9 @@ class RolloutsAhead(Rollouts):
         updated = self.server_version > 0 or not self.config.sync_to_vllm_every
         if updated and self.policy.version + 1 < self.config.max_steps:
             step, examples = self.policy.version + 1, self.examples(self.policy.version + 1)
-            future = self.start(self.roll_out(examples, self.config.temperature))
-            self.running = step, examples, self.server_version, future
+            with deferred_signals():  # as in `wait`
+                future = self.start(self.roll_out(examples, self.config.temperature))
+                self.running = step, examples, self.server_version, future
         return outputs
 
     def sync(self) -> None:

@@ -490,7 +490,7 @@ def tasks(made) -> set:
     async def others():
         return asyncio.all_tasks() - {asyncio.current_task()}
 
-    return made.rollouts.wait(made.rollouts.start(others()))
+    return made.rollouts.wait(others())
 
 
 def test_an_interrupted_step_leaves_a_trainer_that_goes_on(tiny):
@@ -518,6 +518,24 @@ def test_an_interrupted_step_leaves_a_trainer_that_goes_on(tiny):
     time.sleep(0.3)  # for a phantom
     metrics = made.step()
     assert metrics["step"] == before + 1 and metrics["rollouts_dropped"] == 0 and abs(metrics["ratio_max"] - 1) < 1e-4
+
+
+def test_an_interrupt_as_the_rollouts_start_leaves_none_of_them_running(monkeypatch):
+    """They ran on unseen where it came after their start and before the wait for them."""
+    made = trainer(max_tokens=40)
+    start = made.rollouts.start
+
+    def interrupted(coroutine):
+        monkeypatch.undo()
+        future = start(coroutine)
+        os.kill(os.getpid(), signal.SIGINT)
+        return future
+
+    monkeypatch.setattr(made.rollouts, "start", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        made.step()
+    assert not tasks(made) and not made.server.pending
+    assert made.step()["step"] == 1
 
 
 def test_an_interrupt_in_the_middle_of_an_update_waits_for_its_end():
